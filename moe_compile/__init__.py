@@ -1,0 +1,1 @@
+"""A torch.compile backend for Mixture-of-Experts inference."""

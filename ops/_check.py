@@ -1,0 +1,30 @@
+"""Input checks that every op shares. The op and its fake call the same ones, so that a wrong
+input fails when compiling, with the words it would fail with at run time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(holds: Any, op: str, expected: str, got: object) -> None:
+    """Raise ValueError "<op>: expected <expected>, got <got>" unless `holds`."""
+    torch._check_value(holds, lambda: f"{op}: expected {expected}, got {got}")
+
+
+def check_dims(op: str, name: str, x: Tensor, dims: str) -> None:
+    """`x` has as many dims as `dims`, written as in "[T, K]", names."""
+    check(x.ndim == dims.count(",") + 1, op, f"{name} {dims}", list(x.shape))
+
+
+def check_float(op: str, name: str, x: Tensor) -> None:
+    """`x` is float32, float16 or bfloat16 (float64 is allowed to references only)."""
+    check(x.dtype in FLOATS, op, f"{name} in float32, float16 or bfloat16", x.dtype)
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    """All tensors given are on one device."""
+    devices = {name: str(x.device) for name, x in tensors.items() if x is not None}
+    check(len(set(devices.values())) <= 1, op, "all tensors on one device", devices)

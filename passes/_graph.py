@@ -1,0 +1,177 @@
+"""What every pass needs of FX: ask what a node is, make a node, print a graph."""
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+SQUEEZES = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+CASTS = (prims.convert_element_type.default, aten._to_copy.default)
+COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Does `node` call one of `targets`?"""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def args(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments, without FX's wide union type."""
+    return tuple(node.args)
+
+
+def arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """One argument, whether it was given by position or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def val(node: fx.Node) -> Tensor:
+    """The fake tensor of a node."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor), node
+    return value
+
+
+def has_val(node: Any) -> bool:
+    """Is `node` a node whose value is one tensor?"""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Are two sizes known to be equal, without adding a guard?"""
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(node: fx.Node, shape: Any) -> bool:
+    """Has `node` this shape, for all values of its symbols?"""
+    mine = val(node).shape
+    return len(mine) == len(shape) and all(map(same, mine, shape))
+
+
+def strip(node: Any, *targets: Any) -> Any:
+    """Walk up the first argument while the node calls one of `targets`."""
+    while is_call(node, *targets):
+        node = node.args[0]
+    return node
+
+
+def operands(node: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """The two operands of a commutative op, in both orders."""
+    a, b = args(node)[:2]
+    return (a, b), (b, a)
+
+
+def constant(node: Any) -> Any:
+    """The number that a literal or an `aten.full` holds, else None."""
+    if isinstance(node, (int, float, bool)):
+        return node
+    node = strip(node, *CASTS, aten.expand.default)
+    if is_call(node, aten.full.default) and isinstance(node.args[1], (int, float, bool)):
+        return node.args[1]
+    return None
+
+
+def call(
+    graph: fx.Graph, target: Callable[..., Any], *arguments: Any, like: fx.Node, **kwargs: Any
+) -> fx.Node:
+    """A new call at the graph's insertion point, with its fake value and `like`'s place in the model."""
+    node = graph.call_function(target, arguments, kwargs)
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    values = fx.map_arg((arguments, kwargs), lambda n: n.meta["val"])
+    fake_mode = detect_fake_mode(values)
+    assert fake_mode is not None, f"{target} has no fake inputs"
+    with fake_mode, torch.no_grad():
+        node.meta["val"] = target(*values[0], **values[1])
+    return node
+
+
+def unpack(graph: fx.Graph, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
+    """The outputs of a call that returns several tensors."""
+    return tuple(call(graph, operator.getitem, node, i, like=node) for i in range(count))
+
+
+def clean(graph: fx.Graph) -> None:
+    """Drop what a rewrite left without users, and check the graph."""
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+_SHORT = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "b8",
+    torch.float8_e4m3fn: "f8e4m3",
+}
+
+
+def render(graph: fx.Graph) -> str:
+    """The graph as text, one node a line; the notation of the passes' docstrings, tests and reports.
+
+    Nodes are numbered anew by what they call, so that the text is equal on every torch version.
+    """
+    names: dict[fx.Node, str] = {}
+    counts: Counter[str] = Counter()
+    lines = []
+    for node in graph.nodes:
+        base = node.name if node.op in ("placeholder", "get_attr") else _base(node)
+        names[node] = f"{base}_{counts[base]}" if counts[base] else base
+        counts[base] += 1
+        lines.append(_line(node, names))
+    return "\n".join(lines)
+
+
+def _base(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    value = node.meta.get("val")
+    kind = f": {_kind(value)}" if isinstance(value, Tensor) else ""
+    if node.op == "placeholder":
+        return f"{names[node]}{kind}"
+    if node.op == "output":
+        return f"return {_arg(node.args[0], names)}"
+    if node.op == "get_attr":
+        return f"{names[node]}{kind} = self.{node.target}"
+    words = [_arg(a, names) for a in node.args]
+    words += [f"{k}={_arg(v, names)}" for k, v in node.kwargs.items() if k not in _UNTOLD]
+    if node.target is operator.getitem:
+        return f"{names[node]}{kind} = {words[0]}[{words[1]}]"
+    target = node.target if isinstance(node.target, torch._ops.OpOverload) else _base(node)
+    return f"{names[node]}{kind} = {str(target).removesuffix('.default')}({', '.join(words)})"
+
+
+_UNTOLD = {"layout", "pin_memory", "device", "requires_grad", "memory_format"}
+
+
+def _kind(value: Tensor) -> str:
+    return f"{_SHORT.get(value.dtype, value.dtype)}[{', '.join(map(str, value.shape))}]"
+
+
+def _arg(argument: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(argument, fx.Node):
+        return names[argument]
+    if isinstance(argument, (tuple, list)):
+        return f"[{', '.join(_arg(a, names) for a in argument)}]"
+    if isinstance(argument, torch.dtype):
+        return _SHORT.get(argument, str(argument))
+    return repr(argument) if isinstance(argument, str) else str(argument)

@@ -1,4 +1,7 @@
-"""The stages of an MoE layer as ops. `from moe_compile.ops import moe` is `torch.ops.moe_compile`."""
+"""The stages of an MoE layer as ops: `from moe_compile.ops import moe` for all of them.
+
+`moe` is `torch.ops.moe_compile`.
+"""
 
 if __name__ != "moe_compile.ops":  # a second import would register every op twice
     raise ImportError(f"{__name__!r} is moe_compile.ops: import it by that name")

@@ -24,6 +24,16 @@ def check_float(op: str, name: str, x: Tensor) -> None:
     check(x.dtype in FLOATS, op, f"{name} in float32, float16 or bfloat16", x.dtype)
 
 
+def check_float_dtype(op: str, dtype: torch.dtype | None) -> None:
+    """The dtype asked for, if any, is one that the op can return."""
+    check(dtype is None or dtype in FLOATS, op, "dtype float32, float16 or bfloat16", dtype)
+
+
+def check_int32(op: str, name: str, x: Tensor) -> None:
+    """`x` holds indices as the ops hand them to each other."""
+    check(x.dtype == torch.int32, op, f"int32 {name}", x.dtype)
+
+
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """All tensors given are on one device."""
     devices = {name: str(x.device) for name, x in tensors.items() if x is not None}

@@ -1,12 +1,31 @@
-"""Each expert's rows times that expert's weight.
+"""Multiply each expert's rows by that expert's weight.
+
+    for e in range(E):
+        for r in range(offsets[e - 1], offsets[e]):           # from 0 for the first expert
+            y[r] = x[rows[r] // top_k] @ w[e] + bias[e]       # x[r] without rows; bias if given
+
+Rows from offsets[E - 1] on belong to no expert: they are exact zeros, and their x is not read.
 
 Letters: N rows of x, R output rows, E experts, H features in, G features out.
+Shapes: x [N, H], w [E, H, G], offsets [E], rows [R], bias [E, G] -> [R, G]; without rows R is N.
+    w may have any strides; [E, H, G] and the transpose of [E, G, H] are the fast ones. R may be 0.
+Dtypes: x, w and bias float32, float16 or bfloat16, all the same; offsets and rows int32; summed in
+    float32 (true float32, no TF32), rounded once, returned in x's dtype.
+Errors: ValueError for other ranks, dtypes or shapes, tensors on several devices, or top_k < 1.
+Source: the grouped product of MegaBlocks, Gale et al. 2022, arXiv:2211.15841, section 5.
 """
 
-import torch
+import triton
 from torch import Tensor
 
-from moe_compile.ops._check import check, check_dims, check_float, check_same_device
+from moe_compile.ops._check import (
+    check,
+    check_dims,
+    check_float,
+    check_int32,
+    check_same_device,
+)
+from moe_compile.ops._grouped_mm_kernel import Blocks, choose_blocks, grouped_mm_kernel
 from moe_compile.ops._library import define
 
 
@@ -30,6 +49,83 @@ def grouped_mm_reference(
     return y_RG
 
 
+def grouped_mm_triton(
+    x_NH: Tensor,
+    w_EHG: Tensor,
+    offsets_E: Tensor,
+    rows_R: Tensor | None = None,
+    top_k: int = 1,
+    bias_EG: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """Launch the kernel: one program for BLOCK_M rows of one expert and BLOCK_N columns."""
+    y_RG = _fake(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
+    R, (E, H, G) = y_RG.shape[0], w_EHG.shape
+    if y_RG.numel() == 0:
+        return y_RG
+    x_NH = x_NH if x_NH.stride(1) == 1 else x_NH.contiguous()
+    blocks = blocks or choose_blocks(R, E, x_NH.dtype, w_EHG.stride(1) == 1)
+    # E experts and the rows of none are E + 1 groups; each group that is not empty adds at most one
+    # tile that is not full.
+    num_tiles = R // blocks.m + min(R, E + 1)
+    grouped_mm_kernel[(num_tiles * triton.cdiv(G, blocks.n),)](
+        x_NH,
+        w_EHG,
+        offsets_E.contiguous(),
+        offsets_E if rows_R is None else rows_R.contiguous(),
+        x_NH if bias_EG is None else bias_EG.contiguous(),
+        y_RG,
+        R,
+        E,
+        H,
+        G,
+        top_k,
+        num_tiles,
+        x_NH.stride(0),
+        *w_EHG.stride(),
+        HAS_ROWS=rows_R is not None,
+        HAS_BIAS=bias_EG is not None,
+        EVEN_H=H % blocks.k == 0,
+        UPCAST=not x_NH.is_cuda,  # only the interpreter runs on the CPU; its bfloat16 dot is wrong
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        BLOCK_E=triton.next_power_of_2(E + 1),
+        GROUP=blocks.group,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return y_RG
+
+
+def _check(
+    x_NH: Tensor,
+    w_EHG: Tensor,
+    offsets_E: Tensor,
+    rows_R: Tensor | None,
+    top_k: int,
+    bias_EG: Tensor | None,
+) -> None:
+    op = "grouped_mm"
+    check_dims(op, "x", x_NH, "[N, H]")
+    check_dims(op, "w", w_EHG, "[E, H, G]")
+    check_dims(op, "offsets", offsets_E, "[E]")
+    check_float(op, "x", x_NH)
+    check(w_EHG.dtype == x_NH.dtype, op, f"w in x's dtype {x_NH.dtype}", w_EHG.dtype)
+    check_int32(op, "offsets", offsets_E)
+    check_same_device(op, x=x_NH, w=w_EHG, offsets=offsets_E, rows=rows_R, bias=bias_EG)
+    E, H, G = w_EHG.shape
+    check(x_NH.shape[1] == H, op, f"x [N, {H}] for w {list(w_EHG.shape)}", list(x_NH.shape))
+    check(offsets_E.shape[0] == E, op, f"offsets [{E}]", list(offsets_E.shape))
+    check(top_k >= 1, op, "top_k >= 1", top_k)
+    if bias_EG is not None:
+        check(bias_EG.shape == (E, G), op, f"bias [{E}, {G}]", list(bias_EG.shape))
+        check(bias_EG.dtype == x_NH.dtype, op, f"bias in x's dtype {x_NH.dtype}", bias_EG.dtype)
+    if rows_R is not None:
+        check_dims(op, "rows", rows_R, "[R]")
+        check_int32(op, "rows", rows_R)
+
+
 def _fake(
     x_NH: Tensor,
     w_EHG: Tensor,
@@ -38,26 +134,9 @@ def _fake(
     top_k: int = 1,
     bias_EG: Tensor | None = None,
 ) -> Tensor:
-    op = "grouped_mm"
-    check_dims(op, "x", x_NH, "[N, H]")
-    check_dims(op, "w", w_EHG, "[E, H, G]")
-    check_dims(op, "offsets", offsets_E, "[E]")
-    check_float(op, "x", x_NH)
-    check(w_EHG.dtype == x_NH.dtype, op, f"w in x's dtype {x_NH.dtype}", w_EHG.dtype)
-    check(offsets_E.dtype == torch.int32, op, "int32 offsets", offsets_E.dtype)
-    check_same_device(op, x=x_NH, w=w_EHG, offsets=offsets_E, rows=rows_R, bias=bias_EG)
-    E, H, G = w_EHG.shape
-    check(x_NH.shape[1] == H, op, f"x [N, {H}] for w {list(w_EHG.shape)}", list(x_NH.shape))
-    check(offsets_E.shape[0] == E, op, f"offsets [{E}]", list(offsets_E.shape))
-    if bias_EG is not None:
-        check(bias_EG.shape == (E, G), op, f"bias [{E}, {G}]", list(bias_EG.shape))
-        check(bias_EG.dtype == x_NH.dtype, op, f"bias in x's dtype {x_NH.dtype}", bias_EG.dtype)
-    if rows_R is None:
-        return x_NH.new_empty(x_NH.shape[0], G)
-    check_dims(op, "rows", rows_R, "[R]")
-    check(rows_R.dtype == torch.int32, op, "int32 rows", rows_R.dtype)
-    check(top_k >= 1, op, "top_k >= 1", top_k)
-    return x_NH.new_empty(rows_R.shape[0], G)
+    _check(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
+    R = x_NH.shape[0] if rows_R is None else rows_R.shape[0]
+    return x_NH.new_empty(R, w_EHG.shape[2])
 
 
 def _cpu(
@@ -76,6 +155,6 @@ grouped_mm = define(
     "grouped_mm(Tensor x, Tensor w, Tensor offsets, Tensor? rows=None, int top_k=1,"
     " Tensor? bias=None) -> Tensor",
     cpu=_cpu,
-    cuda=_cpu,
+    cuda=grouped_mm_triton,
     fake=_fake,
 )

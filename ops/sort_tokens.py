@@ -1,13 +1,27 @@
 """Group (token, slot) pairs by expert: a stable counting sort that never leaves the device.
 
+Pair r = t * K + j belongs to expert ids[t, j]. An id outside [0, E) is no expert: its pair is
+unowned, comes last in `rows`, and has position -1.
+
 Letters: T tokens, K experts per token, R = T * K rows, E experts.
+Shapes: ids [T, K] -> rows [R], the pairs in order of their expert (pairs of one expert in order of
+    r, unowned ones last, also in order); offsets [E], where each expert's pairs end in rows;
+    position [T, K], where each pair is in rows, or -1. T may be 0.
+Dtypes: ids int32 or int64; all three results int32.
+Errors: ValueError if ids has not two dims or is not int32 or int64, or if num_experts < 1.
+Source: counting sort, Knuth, The Art of Computer Programming 3, section 5.2, algorithms C and D.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from moe_compile.ops._check import check, check_dims
 from moe_compile.ops._library import define
+
+SMALL = 4096  # rows up to which counting all pairs, in one launch, is the faster way
+BLOCK_R = 512  # rows of one program above that
 
 
 def sort_tokens_reference(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,23 +38,150 @@ def sort_tokens_reference(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Ten
     return rows_R.int(), offsets_E.int(), position_R.int().view(ids_TK.shape)
 
 
-def _fake(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+@triton.jit
+def _load_keys(ids_ptr, rows, R, E):  # type: ignore[no-untyped-def]
+    """The experts of some rows; E for a row of no expert, E + 1 past the last row."""
+    ids = tl.load(ids_ptr + rows, mask=rows < R, other=0)
+    keys = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
+    return tl.where(rows < R, keys, E + 1)
+
+
+@triton.jit
+def _sort_tokens_small_kernel(  # type: ignore[no-untyped-def]
+    ids_ptr, rows_ptr, offsets_ptr, position_ptr, R, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Rank by counting: (key, r) as one number orders the rows; how many are below is the rank.
+
+    Items 0 .. R - 1 are the rows; item R + e is the end of expert e: how many have a key <= e.
+    """
+    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = _load_keys(ids_ptr, item, R, E)
+    is_row = item < R
+    bound = tl.where(is_row, key * R + item, (item - R + 1) * R)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, R, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        number = _load_keys(ids_ptr, other, R, E) * R + other
+        below = (number[None, :] < bound[:, None]) & (other < R)[None, :]
+        rank += tl.sum(below.to(tl.int32), 1)
+    tl.store(rows_ptr + rank, item, mask=is_row)
+    tl.store(position_ptr + item, tl.where(key < E, rank, -1), mask=is_row)
+    tl.store(offsets_ptr + item - R, rank, mask=(item >= R) & (item < R + E))
+
+
+@triton.jit
+def _count_kernel(  # type: ignore[no-untyped-def]
+    ids_ptr, counts_ptr, R, E, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """How many rows of this block each expert has; entry E counts those of no expert."""
+    block = tl.program_id(0)
+    keys = _load_keys(ids_ptr, block * BLOCK_R + tl.arange(0, BLOCK_R), R, E)
+    counts = tl.histogram(keys, BLOCK_E)  # E + 1, past the last row, is counted and not used
+    tl.store(counts_ptr + block * BLOCK_E + tl.arange(0, BLOCK_E), counts)
+
+
+@triton.jit
+def _scatter_kernel(  # type: ignore[no-untyped-def]
+    ids_ptr,
+    counts_ptr,
+    rows_ptr,
+    offsets_ptr,
+    position_ptr,
+    R,
+    E,
+    num_blocks,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Rank = rows of smaller keys + rows of this key in earlier blocks + those before in this one.
+
+    Every program adds up the whole table of counts itself: it is small and in L2, and a scan of its
+    own would be one more launch.
+    """
+    block = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_E)
+    total = tl.zeros([BLOCK_E], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, num_blocks, CHUNK):
+        blocks = start + tl.arange(0, CHUNK)
+        table = counts_ptr + blocks[:, None] * BLOCK_E + experts[None, :]
+        counts = tl.load(table, mask=(blocks < num_blocks)[:, None], other=0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((blocks < block)[:, None], counts, 0), 0)
+    ends = tl.cumsum(total, 0)
+    if block == 0:
+        tl.store(offsets_ptr + experts, ends, mask=experts < E)
+
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    key = _load_keys(ids_ptr, row, R, E)
+    rank = tl.gather(ends - total + before, key, 0)
+    for start in range(0, BLOCK_R, 32):
+        other = block * BLOCK_R + start + tl.arange(0, 32)
+        same = key[:, None] == _load_keys(ids_ptr, other, R, E)[None, :]
+        rank += tl.sum((same & (other[None, :] < row[:, None])).to(tl.int32), 1)
+    tl.store(rows_ptr + rank, row, mask=row < R)
+    tl.store(position_ptr + row, tl.where(key < E, rank, -1), mask=row < R)
+
+
+def sort_tokens_triton(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch one kernel up to SMALL rows, two above."""
+    _check(ids_TK, num_experts)
+    R, E = ids_TK.numel(), num_experts
+    rows_R, offsets_E, position_TK = results = _fake(ids_TK, E)
+    if R == 0:
+        offsets_E.zero_()
+        return results
+    ids_TK = ids_TK.contiguous()
+    if R <= SMALL and (E + 2) * R < 2**31:  # the kernel's numbers are int32
+        BLOCK = 32
+        _sort_tokens_small_kernel[(triton.cdiv(R + E, BLOCK),)](
+            ids_TK, rows_R, offsets_E, position_TK, R, E, BLOCK=BLOCK, CHUNK=256
+        )
+        return results
+    num_blocks, BLOCK_E = triton.cdiv(R, BLOCK_R), triton.next_power_of_2(E + 2)
+    counts = rows_R.new_empty(num_blocks, BLOCK_E)
+    _count_kernel[(num_blocks,)](ids_TK, counts, R, E, BLOCK_R=BLOCK_R, BLOCK_E=BLOCK_E)
+    _scatter_kernel[(num_blocks,)](
+        ids_TK,
+        counts,
+        rows_R,
+        offsets_E,
+        position_TK,
+        R,
+        E,
+        num_blocks,
+        BLOCK_R=BLOCK_R,
+        BLOCK_E=BLOCK_E,
+        CHUNK=max(1, 8192 // BLOCK_E),
+        num_warps=16,
+    )
+    return results
+
+
+def _check(ids_TK: Tensor, num_experts: int) -> None:
     check_dims("sort_tokens", "ids", ids_TK, "[T, K]")
-    check(ids_TK.dtype in (torch.int32, torch.int64), "sort_tokens", "int ids", ids_TK.dtype)
+    is_index = ids_TK.dtype in (torch.int32, torch.int64)
+    check(is_index, "sort_tokens", "ids in int32 or int64", ids_TK.dtype)
     check(num_experts >= 1, "sort_tokens", "num_experts >= 1", num_experts)
+
+
+def _fake(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check(ids_TK, num_experts)
     T, K = ids_TK.shape
-    new = lambda *shape: ids_TK.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    return new(T * K), new(num_experts), new(T, K)
+    rows_R = ids_TK.new_empty(T * K, dtype=torch.int32)
+    offsets_E = ids_TK.new_empty(num_experts, dtype=torch.int32)
+    return rows_R, offsets_E, ids_TK.new_empty(T, K, dtype=torch.int32)
 
 
 def _cpu(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    _fake(ids_TK, num_experts)
+    _check(ids_TK, num_experts)
     return sort_tokens_reference(ids_TK, num_experts)
 
 
 sort_tokens = define(
     "sort_tokens(Tensor ids, int num_experts) -> (Tensor rows, Tensor offsets, Tensor position)",
     cpu=_cpu,
-    cuda=_cpu,
+    cuda=sort_tokens_triton,
     fake=_fake,
 )

@@ -1,1 +1,15 @@
-"""A torch.compile backend for Mixture-of-Experts inference."""
+"""A torch.compile backend for Mixture-of-Experts inference.
+
+    model = torch.compile(model, backend="moe_compile", mode="reduce-overhead")
+"""
+
+from moe_compile._versions import require_torch
+
+require_torch()
+
+from moe_compile.backend import moe_compile as backend  # noqa: E402
+from moe_compile.huggingface import prepare, register_experts  # noqa: E402
+from moe_compile.options import Options  # noqa: E402
+from moe_compile.report import Report, explain  # noqa: E402
+
+__all__ = ["Options", "Report", "backend", "explain", "prepare", "register_experts"]

@@ -121,17 +121,19 @@ _SHORT = {
 }
 
 
-def render(graph: fx.Graph) -> str:
+def render(graph: fx.Graph, renumber: bool = True) -> str:
     """The graph as text, one node a line; the notation of the passes' docstrings, tests and reports.
 
-    Nodes are numbered anew by what they call, so that the text is equal on every torch version.
+    Nodes are numbered anew by what they call, so that the text is equal on every torch version; or
+    they keep their names, so that two states of one graph can be compared line by line.
     """
     names: dict[fx.Node, str] = {}
     counts: Counter[str] = Counter()
     lines = []
     for node in graph.nodes:
         base = node.name if node.op in ("placeholder", "get_attr") else _base(node)
-        names[node] = f"{base}_{counts[base]}" if counts[base] else base
+        fresh = f"{base}_{counts[base]}" if counts[base] else base
+        names[node] = fresh if renumber else node.name
         counts[base] += 1
         lines.append(_line(node, names))
     return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""What every pass did, in order, with before and after."""
+
+import difflib
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moe_compile.passes._outcome import Event, Outcome
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One pass over one graph."""
+
+    name: str
+    outcome: Outcome
+    seconds: float = 0.0
+    skipped: str = ""  # why the pass did not run
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """All passes over one graph; `before` and `after` are its text where graphs are kept."""
+
+    before: str
+    after: str
+    passes: list[PassReport]
+
+    @property
+    def diff(self) -> str:
+        """What the passes changed, as a unified diff."""
+        lines = difflib.unified_diff(
+            self.before.splitlines(), self.after.splitlines(), "before", "after", lineterm="", n=1
+        )
+        return "\n".join(lines)
+
+
+@dataclass
+class Report:
+    """What the passes did to the graphs of one model. `print(report)` shows it."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    breaks: dict[str, int] = field(default_factory=dict)  # why Dynamo left the graph, and how often
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rewrites by pass, over all graphs."""
+        counts: Counter[str] = Counter()
+        for graph in self.graphs:
+            for p in graph.passes:
+                counts[p.name] += len(p.outcome.rewrites)
+        return dict(counts)
+
+    def __str__(self) -> str:
+        total = ", ".join(f"{name} {count}" for name, count in self.counts.items())
+        lines = [f"moe_compile: {len(self.graphs)} graph(s); rewrites: {total or 'none'}"]
+        if not self.graphs:
+            lines.append("  No graph reached the passes: Dynamo captured nothing.")
+        lines += [f"  graph break ({n}x): {reason}" for reason, n in self.breaks.items()]
+        for i, graph in enumerate(self.graphs):
+            lines.append(f"graph {i}")
+            for p in graph.passes:
+                lines += _pass_lines(p)
+            if graph.before != graph.after:
+                lines += ["  changed (all of it in .graphs[i].before and .after):", *_head(graph.diff)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def log(self, logger: logging.Logger) -> None:
+        """One line for each pass of the newest graph; what was declined is a warning."""
+        for p in self.graphs[-1].passes:
+            if p.outcome.rewrites:
+                logger.info("%s: %d rewrites", p.name, len(p.outcome.rewrites))
+            for reason, count in Counter(e.detail for e in p.outcome.declined).items():
+                logger.warning("%s declined %dx: %s (moe_compile.explain tells where)", p.name, count, reason)
+
+
+def _pass_lines(p: PassReport) -> list[str]:
+    if p.skipped:
+        return [f"  {p.name}: not run ({p.skipped})"]
+    rewrites, declined = p.outcome.rewrites, p.outcome.declined
+    lines = [f"  {p.name}: {len(rewrites)} rewritten, {len(declined)} declined, {p.seconds * 1e3:.1f} ms"]
+    lines += [f"    + {_place(e)}: {e.detail}" for e in rewrites]
+    lines += [f"    - {_place(e)}: declined, {e.detail}" for e in declined]
+    return lines
+
+
+def _place(event: Event) -> str:
+    return " | ".join(part for part in (event.layer, event.source) if part) or "(no source)"
+
+
+def _head(diff: str, most: int = 80) -> list[str]:
+    lines = [f"    {line}" for line in diff.splitlines()[2:]]
+    return lines if len(lines) <= most else [*lines[:most], f"    ... {len(lines) - most} more lines"]
+
+
+def explain(
+    model: Callable[..., Any],
+    *inputs: Any,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Report:
+    """What moe_compile does to `model(*inputs, **kwargs)`: every rewrite, every decline and why.
+
+    The model is captured as `torch.compile(model, backend="moe_compile")` would, under
+    `torch.no_grad()`, and run once; no code is generated, so this takes seconds.
+    """
+    from moe_compile.capture import visit_graphs
+    from moe_compile.options import parse_options
+    from moe_compile.pipeline import MoePasses
+
+    ours, patches = parse_options(mode, options)
+    passes = MoePasses(ours, patches.pop("post_grad_custom_pre_pass", None), keep_graphs=True)
+    torch._dynamo.utils.counters["graph_break"].clear()
+    with torch.no_grad():
+        visit_graphs(passes, model, *inputs, dynamic=dynamic, patches=patches, **kwargs)
+    passes.report.breaks = {
+        reason.strip().splitlines()[0]: count
+        for reason, count in torch._dynamo.utils.counters["graph_break"].items()
+    }
+    return passes.report

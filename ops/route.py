@@ -68,7 +68,7 @@ def route_reference(
         weights_TK = _score(weights_TK, score)
     if renormalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + eps)
-    return (weights_TK * scale).to(dtype or torch.float32), ids_TK
+    return (weights_TK * scale).to(dtype or weights_TK.dtype), ids_TK
 
 
 def _score(x: Tensor, score: str) -> Tensor:

@@ -1,0 +1,42 @@
+"""Fixtures of all tests."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
+
+FOREIGN_WARNINGS = [
+    # The interpreter computes with numpy, which warns of NaN and inf where a GPU does not.
+    "ignore::RuntimeWarning:triton.runtime.interpreter",
+    # Inductor's import, in torch 2.13.
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    # Triton 3.9 announces a default of 3.10 at the first compile for a GPU.
+    "ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for warning in FOREIGN_WARNINGS:
+        config.addinivalue_line("filterwarnings", warning)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cpu":
+        skip = pytest.mark.skip(reason="needs a CUDA GPU")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE

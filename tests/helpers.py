@@ -1,0 +1,63 @@
+"""What several tests need."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def assert_close(
+    actual: Tensor | Sequence[Tensor], reference: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    """`actual` errs at most twice as much as `reference` in the same dtypes does.
+
+    Both errors are against `reference` in float64 on the very same (rounded) inputs, by maximum and
+    by RMS, each with one unit in the last place of the exact values' maximum and RMS to spare. A
+    tensor that is not floating must be equal. Where the exact value is NaN or infinite, so must be
+    the actual one. Several results are compared each with its own.
+    """
+    exact = reference(*map(_double, args), **{k: _double(v) for k, v in kwargs.items()})
+    eager = reference(*args, **kwargs)
+    if isinstance(actual, Tensor):
+        actual, exact, eager = [actual], [exact], [eager]
+    for a, x, e in zip(actual, exact, eager, strict=True):
+        assert a.shape == e.shape
+        assert a.dtype == e.dtype
+        assert a.device == e.device
+        if a.is_floating_point():
+            _assert_errors(a, x, e)
+        else:
+            assert torch.equal(a, e)
+
+
+def _double(x: Any) -> Any:
+    """float64 for a tensor of floats and for a dtype to compute in; anything else as it is."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.double()
+    return torch.float64 if isinstance(x, torch.dtype) else x
+
+
+def _assert_errors(actual: Tensor, exact: Tensor, eager: Tensor) -> None:
+    finite = exact.isfinite()
+    torch.testing.assert_close(
+        actual[~finite].double(), exact[~finite].double(), rtol=0, atol=0, equal_nan=True
+    )
+    actual, exact, eager = actual[finite], exact[finite], eager[finite]
+    if actual.numel() == 0:
+        return
+    eps = torch.finfo(actual.dtype).eps
+    for name, size in ("max", _max), ("rms", _rms):
+        got = size(actual.double() - exact)
+        allowed = 2 * size(eager.double() - exact) + eps * size(exact)
+        assert got <= allowed, f"{name} error {got:.3e}, allowed {allowed:.3e}"
+
+
+def _max(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()

@@ -28,13 +28,52 @@ from moe_compile.passes._weights import Weights, follow_weights
 
 @exactness("reassociating")
 def find_routing(graph: fx.Graph) -> Outcome:
-    """Replace what is between router logits and the experts' ids and weights by one `route`.
+    """Replace the way from router logits to the experts' ids and weights by one `route`.
 
     Before:
-        BEFORE
+        arg0_1: bf16[4, 8]
+        arg1_1: bf16[8, 64]
+        convert_element_type: f32[4, 8] = prims.convert_element_type(arg0_1, f32)
+        amax: f32[4, 1] = aten.amax(convert_element_type, [-1], True)
+        sub: f32[4, 8] = aten.sub.Tensor(convert_element_type, amax)
+        exp: f32[4, 8] = aten.exp(sub)
+        sum: f32[4, 1] = aten.sum.dim_IntList(exp, [-1], True)
+        div: f32[4, 8] = aten.div.Tensor(exp, sum)
+        topk = aten.topk(div, 2)
+        getitem: f32[4, 2] = topk[0]
+        getitem_1: i64[4, 2] = topk[1]
+        sort_tokens = moe_compile.sort_tokens(getitem_1, 8)
+        getitem_2: i32[4, 2] = sort_tokens[2]
+        sum_1: f32[4, 1] = aten.sum.dim_IntList(getitem, [-1], True)
+        div_1: f32[4, 2] = aten.div.Tensor(getitem, sum_1)
+        convert_element_type_1: bf16[4, 2] = prims.convert_element_type(div_1, bf16)
+        combine: bf16[4, 64] = moe_compile.combine(arg1_1, getitem_2, convert_element_type_1)
+        return [combine]
 
     After:
-        AFTER
+        arg0_1: bf16[4, 8]
+        arg1_1: bf16[8, 64]
+        route = moe_compile.route(arg0_1, 2, score='softmax', renormalize=True, dtype=bf16)
+        getitem: bf16[4, 2] = route[0]
+        getitem_1: i64[4, 2] = route[1]
+        sort_tokens = moe_compile.sort_tokens(getitem_1, 8)
+        getitem_2: i32[4, 2] = sort_tokens[2]
+        combine: bf16[4, 64] = moe_compile.combine(arg1_1, getitem_2, getitem)
+        return [combine]
+
+    A router is a top-k whose ids go to `sort_tokens`. Upward it may be of groups only, of scores and
+    a bias, of softmax or sigmoid, in this order; downward weights may be scored (where the top-k was
+    of logits), renormalised, scaled and rounded, in this order. Whatever comes in another order, or
+    is used by others, stays outside: `route` then takes the scores as they are (score='none'), or
+    what follows reads its weights. The report says so.
+
+    Left alone: ids that are not a top-k's own (a hash, ids remapped for expert parallel), weights that
+    are not those of the scores that chose, sums of scores rounded to less than float32 before they
+    choose, masks that are not proved to be of groups. Each is reported.
+    Numerics: scores, sums and quotients are float32 on both sides, but may differ in their last bit,
+    which chooses differently where two scores differ by no more. Of equal scores either may be chosen,
+    as by a top-k; one that asks for no order gets the descending one. The weights are rounded once, as
+    in the model: what follows a rounding stays outside.
     """
     outcome = Outcome()
     seen = set()
@@ -52,8 +91,8 @@ def find_routing(graph: fx.Graph) -> Outcome:
         except Declined as declined:
             outcome.decline(source, str(declined))
             continue
-        _rewrite(graph, topk, ids, selection, weights)
         outcome.rewrote(topk, _describe(selection, weights))
+        _rewrite(graph, topk, ids, selection, weights)
     return outcome
 
 

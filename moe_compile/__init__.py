@@ -1,6 +1,6 @@
 """A torch.compile backend for Mixture-of-Experts inference.
 
-    model = torch.compile(model, backend="moe_compile", mode="reduce-overhead")
+model = torch.compile(model, backend="moe_compile", mode="reduce-overhead")
 """
 
 from moe_compile._versions import require_torch

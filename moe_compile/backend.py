@@ -21,7 +21,7 @@ def moe_compile(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile one graph that Dynamo captured; `torch.compile(..., backend="moe_compile")` calls this.
+    """Compile one graph that Dynamo captured: what `backend="moe_compile"` calls.
 
     mode: None, "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
     options: see `moe_compile.Options`; other keys are Inductor's own.
@@ -29,7 +29,8 @@ def moe_compile(
     """
     ours, patches = parse_options(mode, options)
     passes = MoePasses(ours, patches.get(HOOK, getattr(inductor_config, HOOK)))
-    return compile_fx(gm, list(example_inputs), config_patches={**patches, HOOK: passes})  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches={**patches, HOOK: passes})
+    return compiled  # type: ignore[no-any-return]
 
 
 def _reset() -> None:

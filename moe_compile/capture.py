@@ -1,5 +1,6 @@
 """Compile a model as far as the passes, and stop there."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,10 +42,8 @@ def visit_graphs(
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         hook = {"post_grad_custom_pre_pass": _StopAfter(look)}
-        try:
+        with contextlib.suppress(_Stop):
             compile_fx(gm, list(example_inputs), config_patches={**(patches or {}), **hook})
-        except _Stop:
-            pass
         return gm.forward
 
     torch._dynamo.reset()

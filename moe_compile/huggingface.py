@@ -73,17 +73,17 @@ def prepare(
 ) -> Any:
     """Make `model.generate(...)` decode on moe_compile, and return the model.
 
-    Sets the experts implementation (prefill, which generate runs uncompiled, then uses our ops too), a
-    static cache, and the compile config. `torch.compile(model, ...)` has no effect on
+    Sets the experts implementation (so that prefill, which generate runs uncompiled, uses our ops
+    too), a static cache, and the compile config. `torch.compile(model, ...)` has no effect on
     `model.generate`: it delegates to the model's own forward.
-    mode, options, fullgraph: as for torch.compile; mode is read on CPU as None (no CUDA graphs there).
+    mode, options, fullgraph: as for torch.compile; on CPU, which has no CUDA graphs, mode is None.
     Errors: ValueError if the model is no transformers model that generates.
     """
     generation_config = getattr(model, "generation_config", None)
     if generation_config is None or not hasattr(model, "set_experts_implementation"):
         raise ValueError(
             "prepare: expected a transformers model that generates, got "
-            f"{type(model).__name__} (for other modules: torch.compile(model, backend='moe_compile'))"
+            f"{type(model).__name__} (others: torch.compile(model, backend='moe_compile'))"
         )
     from transformers import CompileConfig
 
@@ -94,11 +94,10 @@ def prepare(
     if model._can_set_experts_implementation():
         model.set_experts_implementation(NAME)
     # torch.compile takes mode or options, not both: with options, the mode travels among them.
-    if options:
-        chosen = dict(options) if mode is None else {"mode": mode, **options}
-        config = CompileConfig(backend=NAME, mode=None, options=chosen, fullgraph=fullgraph)
-    else:
-        config = CompileConfig(backend=NAME, mode=mode, fullgraph=fullgraph)
+    with_mode = {"mode": mode} if mode else {}
+    how: dict[str, Any] = {"mode": None if options else mode}
+    how["options"] = {**with_mode, **options} if options else None
+    config = CompileConfig(backend=NAME, fullgraph=fullgraph, **how)
     config._compile_all_devices = on_cpu  # generate compiles on accelerators only, unless told so
     generation_config.cache_implementation = "static"
     generation_config.compile_config = config

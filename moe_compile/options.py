@@ -16,14 +16,14 @@ from moe_compile.passes._outcome import EXACTNESS, Exactness, Pass
 class Options:
     """Our own options; every other key of `options` is one of Inductor's.
 
-    mode: as torch.compile's `mode`, for use together with other options (torch allows one of them only).
-    exactness: the most a pass may change results: "bitwise", "reassociating" (the same maths rounded
-        in another order; the default) or "lossy".
+    mode: as torch.compile's `mode`, for use with other options (torch itself allows one of the two).
+    exactness: the most a pass may change results: "bitwise", "reassociating" (the same maths,
+        rounded in another order; the default) or "lossy".
     require: least number of rewrites by pass name, for each graph; fewer fail the compile with the
         report. Such compiles bypass the compile cache, since a cached graph runs no pass.
     disable: names of passes that shall not run.
-    extra_passes: passes of your own, run after ours in the order given. One with a `uuid` attribute (a
-        string that changes whenever the pass does) may be cached; others bypass the compile cache.
+    extra_passes: passes of your own, run after ours in the order given. One with a `uuid` attribute
+        (a string that changes whenever the pass does) may be cached; others bypass the cache.
     """
 
     mode: str | None = None
@@ -63,14 +63,18 @@ def parse_options(
         if key.replace("-", "_") not in known:
             near = difflib.get_close_matches(key, [*own_keys, *known], n=3)
             hint = f" (close to {', '.join(near)})" if near else ""
-            _refuse(f"options among {', '.join(sorted(own_keys))} or Inductor's own", f"{key!r}{hint}")
+            _refuse(
+                f"options among {', '.join(sorted(own_keys))} or Inductor's own", f"{key!r}{hint}"
+            )
     mode = mode or ours.mode
     if mode in (None, "default"):
         patches: dict[str, Any] = {}
     else:
         modes = torch._inductor.list_mode_options()
         if mode not in modes:
-            _refuse(f"mode among default, {', '.join(m for m in modes if m != 'default')}", repr(mode))
+            _refuse(
+                f"mode among default, {', '.join(m for m in modes if m != 'default')}", repr(mode)
+            )
         patches = dict(modes[mode])
     return ours, {**patches, **{key.replace("-", "_"): value for key, value in given.items()}}
 

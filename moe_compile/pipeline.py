@@ -1,4 +1,4 @@
-"""The passes as Inductor calls them: one CustomGraphPass, with a uuid that keeps the caches honest."""
+"""The passes as Inductor calls them: one CustomGraphPass, whose uuid keeps the caches honest."""
 
 import hashlib
 import logging
@@ -23,7 +23,9 @@ log = logging.getLogger("moe_compile")
 class MoePasses(CustomGraphPass):
     """Runs PASSES and the user's own over one graph, and keeps the report."""
 
-    def __init__(self, options: Options, before_ours: Any = None, keep_graphs: bool = False) -> None:
+    def __init__(
+        self, options: Options, before_ours: Any = None, keep_graphs: bool = False
+    ) -> None:
         """`before_ours` is what the user had set as Inductor's post_grad_custom_pre_pass."""
         self.options = options
         self.report = Report()
@@ -47,11 +49,15 @@ class MoePasses(CustomGraphPass):
 
     def _run(self, pass_: Callable[[fx.Graph], Any], graph: fx.Graph) -> PassReport:
         name = name_of(pass_)
-        kind = getattr(pass_, "exactness", "lossy")  # a pass that does not say is taken at the worst
+        kind = getattr(
+            pass_, "exactness", "lossy"
+        )  # a pass that does not say is taken at the worst
         if name in self.options.disable:
             return PassReport(name, Outcome(), skipped="disabled")
         if EXACTNESS.index(kind) > EXACTNESS.index(self.options.exactness):
-            return PassReport(name, Outcome(), skipped=f"{kind}, but exactness={self.options.exactness}")
+            return PassReport(
+                name, Outcome(), skipped=f"{kind}, but exactness={self.options.exactness}"
+            )
         start = time.perf_counter()
         outcome = pass_(graph)
         clean(graph)
@@ -69,7 +75,7 @@ class MoePasses(CustomGraphPass):
 
 @cache
 def source_hash() -> str:
-    """One hash over all our sources: passes decide the graph, fakes decide shapes and strides in it."""
+    """One hash over all our sources: passes decide the graph, fakes its shapes and strides."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for folder in (root, root / "ops", root / "passes"):

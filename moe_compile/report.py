@@ -66,25 +66,33 @@ class Report:
             for p in graph.passes:
                 lines += _pass_lines(p)
             if graph.before != graph.after:
-                lines += ["  changed (all of it in .graphs[i].before and .after):", *_head(graph.diff)]
+                lines += [
+                    "  changed (all of it in .graphs[i].before and .after):",
+                    *_head(graph.diff),
+                ]
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def log(self, logger: logging.Logger) -> None:
-        """One line for each pass of the newest graph; what was declined is a warning."""
+        """A few lines for the newest graph; a pass that only declined is a warning."""
         for p in self.graphs[-1].passes:
-            if p.outcome.rewrites:
-                logger.info("%s: %d rewrites", p.name, len(p.outcome.rewrites))
-            for reason, count in Counter(e.detail for e in p.outcome.declined).items():
-                logger.warning("%s declined %dx: %s (moe_compile.explain tells where)", p.name, count, reason)
+            rewrites, declined = p.outcome.rewrites, p.outcome.declined
+            if rewrites:
+                logger.info("%s: %d rewrites", p.name, len(rewrites))
+            level = logging.INFO if rewrites else logging.WARNING
+            for reason, count in Counter(e.detail for e in declined).items():
+                text = "%s declined %dx: %s (moe_compile.explain tells where)"
+                logger.log(level, text, p.name, count, reason)
 
 
 def _pass_lines(p: PassReport) -> list[str]:
     if p.skipped:
         return [f"  {p.name}: not run ({p.skipped})"]
     rewrites, declined = p.outcome.rewrites, p.outcome.declined
-    lines = [f"  {p.name}: {len(rewrites)} rewritten, {len(declined)} declined, {p.seconds * 1e3:.1f} ms"]
+    lines = [
+        f"  {p.name}: {len(rewrites)} rewritten, {len(declined)} declined, {p.seconds * 1e3:.1f} ms"
+    ]
     lines += [f"    + {_place(e)}: {e.detail}" for e in rewrites]
     lines += [f"    - {_place(e)}: declined, {e.detail}" for e in declined]
     return lines
@@ -96,7 +104,9 @@ def _place(event: Event) -> str:
 
 def _head(diff: str, most: int = 80) -> list[str]:
     lines = [f"    {line}" for line in diff.splitlines()[2:]]
-    return lines if len(lines) <= most else [*lines[:most], f"    ... {len(lines) - most} more lines"]
+    return (
+        lines if len(lines) <= most else [*lines[:most], f"    ... {len(lines) - most} more lines"]
+    )
 
 
 def explain(

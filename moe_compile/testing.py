@@ -25,8 +25,8 @@ def capture(
     """The ATen graph that the passes see when `fn(*args, **kwargs)` is compiled.
 
     It is taken from a real compile (Dynamo, functorch's AOT capture, Inductor's decompositions and
-    joint passes), stopped before code is generated. The module returned can be run: its inputs are the
-    graph's placeholders.
+    joint passes), stopped before code is generated. The module returned can be run: its inputs are
+    the graph's placeholders.
     Errors: RuntimeError if `fn` does not give exactly one graph.
     """
     graphs = capture_all(fn, *args, dynamic=dynamic, **kwargs)

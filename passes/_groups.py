@@ -20,6 +20,7 @@ from moe_compile.passes._graph import (
     aten,
     constant,
     is_call,
+    operands,
     same_shape,
     strip,
     val,
@@ -42,6 +43,15 @@ class Groups:
     fill: float
 
 
+@dataclass(frozen=True)
+class Marks:
+    """The chosen groups as a mask of groups."""
+
+    node: fx.Node  # [T, P], one number at the chosen groups and another elsewhere
+    index: fx.Node  # the ids of the chosen groups
+    expands: list[fx.Node]  # what repeats it for the experts
+
+
 def parse_groups(choice: fx.Node, top_k: int) -> tuple[fx.Node, Groups | None]:
     """What `choice` [T, E] is before experts are masked, and the groups that are kept."""
     where = strip(choice, *RESHAPES)
@@ -50,21 +60,25 @@ def parse_groups(choice: fx.Node, top_k: int) -> tuple[fx.Node, Groups | None]:
         return choice, None
     if fill not in (-math.inf, 0.0):
         raise Declined(f"experts are masked with {fill}")
-    scatter, expands = _parse_mask(mask, keeps)
-    T, P = val(scatter).shape
+    marks = _parse_mask(mask, keeps)
+    T, P = val(marks.node).shape
     S = val(choice).shape[1] // P
-    repeated = all(same_shape(e.args[0], (T, P, 1)) and same_shape(e, (T, P, S)) for e in expands)
+    repeated = all(
+        same_shape(args(e)[0], (T, P, 1)) and same_shape(e, (T, P, S)) for e in marks.expands
+    )
     broadcast = same_shape(mask, (T, P, 1)) and same_shape(where, (T, P, S))
     if not (repeated and (broadcast or same_shape(mask, val(where).shape))):
         raise Declined("the mask of groups is not repeated for each expert of a group")
-    best, top = _parse_index(args(scatter)[2])
+    best, top = _parse_index(marks.index)
     score, scores_TPS = _parse_group_score(best)
     if not same_shape(scores_TPS, (T, P, S)) or _flat(scores_TPS) is not _flat(kept):
         raise Declined("the groups are not chosen by the scores that choose the experts")
     if top * S < top_k:
         raise Declined(f"{top} groups of {S} experts are too few for {top_k} experts")
     while not same_shape(kept, val(choice).shape):
-        (kept, *_) = args(kept)
+        if not is_call(kept, *RESHAPES):
+            raise Declined("experts are masked before their scores have the shape [T, E]")
+        kept = args(kept)[0]
     return kept, Groups(P, top, score, float(fill))
 
 
@@ -85,8 +99,8 @@ def _parse_where(where: fx.Node) -> tuple[Any, Any, Any, bool]:
     return mask, a, constant(b), True
 
 
-def _parse_mask(mask: fx.Node, keeps: bool) -> tuple[fx.Node, list[fx.Node]]:
-    """The scatter [T, P] that marks the chosen groups, and the expands that repeat it.
+def _parse_mask(mask: fx.Node, keeps: bool) -> Marks:
+    """What `mask` is made of, where true means kept or, if not `keeps`, masked.
 
     Everything between keeps values (0 or 1, false or true) or negates them, and keeps order.
     """
@@ -99,12 +113,40 @@ def _parse_mask(mask: fx.Node, keeps: bool) -> tuple[fx.Node, list[fx.Node]]:
             expands.append(node)
         keeps ^= node.target in _NEGATIONS
         node = node.args[0]
+    index, base, mark = _parse_scatter(node)
+    marks = {(0, 1): keeps, (1, 0): not keeps}  # what is written where: elsewhere, chosen groups
+    if index is None or not marks.get((base, mark)):
+        raise Declined("experts are masked by something else than the groups that were not chosen")
+    return Marks(node, index, expands)
+
+
+def _parse_scatter(node: Any) -> tuple[Any, Any, Any]:
+    """The ids of the marked groups, and the numbers elsewhere and at the marked groups."""
     if is_call(node, aten.scatter.value, aten.scatter.src) and val(node).ndim == 2:
-        base, dim, _, mark = args(node)[:4]
-        marks = {(0, 1): keeps, (1, 0): not keeps}  # what is written where: base, chosen groups
-        if dim in (1, -1) and marks.get((constant(base), constant(mark))):
-            return node, expands
-    raise Declined("experts are masked by something else than the groups that were not chosen")
+        base, dim, index, mark = args(node)[:4]
+        return index if dim in (1, -1) else None, constant(base), constant(mark)
+    if is_call(node, aten.where.self) and is_call(node.args[0], aten.eq.Tensor):
+        equal, mark, base = args(node)
+        for a, b in operands(equal):  # Inductor's form of a scatter of one group
+            index = strip(a, aten.expand.default)
+            if _counts_groups(b, node) and same_shape(index, (val(node).shape[0], 1)):
+                return index, _number(base), _number(mark)
+    return None, None, None
+
+
+def _counts_groups(node: Any, marks: fx.Node) -> bool:
+    """Is `node` 0, 1, ... along the last dim of `marks` [T, P]?"""
+    count = strip(node, *RESHAPES, *SQUEEZES)
+    return (
+        is_call(count, torch.ops.prims.iota.default)
+        and (count.kwargs.get("start"), count.kwargs.get("step")) == (0, 1)
+        and val(marks).ndim == 2
+        and same_shape(node, (1, val(marks).shape[1]))
+    )
+
+
+def _number(node: Any) -> Any:
+    return node.args[0] if is_call(node, aten.scalar_tensor.default) else constant(node)
 
 
 def _parse_index(index: Any) -> tuple[fx.Node, int]:

@@ -54,7 +54,9 @@ def parse_softmax(node: Any) -> tuple[fx.Node, set[fx.Node]] | None:
     if not (is_row_sum(total, exp) and is_call(exp, aten.exp.default)):
         return None
     (shifted,) = args(exp)
-    if not is_call(shifted, aten.sub.Tensor) or shifted.kwargs or val(node).dtype != torch.float32:
+    if not is_call(shifted, aten.sub.Tensor) or shifted.kwargs:
+        return None
+    if val(shifted).dtype != torch.float32 or val(node).dtype != torch.float32:
         return None
     x, peak = args(shifted)
     if not (is_call(peak, aten.amax.default) and peak.args[0] is x and over_last_dim(peak, True)):

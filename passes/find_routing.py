@@ -61,19 +61,20 @@ def find_routing(graph: fx.Graph) -> Outcome:
         combine: bf16[4, 64] = moe_compile.combine(arg1_1, getitem_2, getitem)
         return [combine]
 
-    A router is a top-k whose ids go to `sort_tokens`. Upward it may be of groups only, of scores and
-    a bias, of softmax or sigmoid, in this order; downward weights may be scored (where the top-k was
-    of logits), renormalised, scaled and rounded, in this order. Whatever comes in another order, or
-    is used by others, stays outside: `route` then takes the scores as they are (score='none'), or
-    what follows reads its weights. The report says so.
+    A router is a top-k whose ids go to `sort_tokens`. Upward it may be of some groups only, of
+    scores and a bias, of softmax or sigmoid, in this order; downward weights may be scored (where
+    the top-k was of logits), renormalised, scaled and rounded, in this order. Whatever comes in
+    another order, or is used by others, stays outside: `route` then takes the scores as they are
+    (score='none'), or what follows reads its weights.
 
-    Left alone: ids that are not a top-k's own (a hash, ids remapped for expert parallel), weights that
-    are not those of the scores that chose, sums of scores rounded to less than float32 before they
-    choose, masks that are not proved to be of groups. Each is reported.
-    Numerics: scores, sums and quotients are float32 on both sides, but may differ in their last bit,
-    which chooses differently where two scores differ by no more. Of equal scores either may be chosen,
-    as by a top-k; one that asks for no order gets the descending one. The weights are rounded once, as
-    in the model: what follows a rounding stays outside.
+    Left alone: ids that are not a top-k's own (a hash, ids remapped for expert parallel), weights
+    that are not those of the scores that chose, sums rounded to less than float32 that choose,
+    masks that are not proved to be of groups. Each is reported.
+    Numerics: scores, sums and quotients are float32 on both sides, but may differ in the last bit,
+    which chooses differently where two scores differ by no more. Of equal scores either may be
+    chosen, as by a top-k; one that asks for no order gets the descending one. The weights are
+    rounded once, where the model first rounds them; what follows stays outside.
+    Returns: each rewrite with what was matched, and why a score stays outside if one does.
     """
     outcome = Outcome()
     seen = set()

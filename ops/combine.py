@@ -24,6 +24,7 @@ from moe_compile.ops._check import (
     check_int32,
     check_same_device,
 )
+from moe_compile.ops._cpu import combine_cpu
 from moe_compile.ops._library import define
 
 
@@ -114,9 +115,12 @@ def _fake(
 def _cpu(
     y_RH: Tensor, position_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    _fake(y_RH, position_TK, weights_TK, dtype)
-    total = combine_reference(y_RH.float(), position_TK, weights_TK.float())
-    return total.to(dtype or y_RH.dtype)
+    _check(y_RH, position_TK, weights_TK, dtype)
+    dtype = dtype or y_RH.dtype
+    out_TH = combine_cpu(y_RH, position_TK, weights_TK, dtype)
+    if out_TH is None:
+        out_TH = combine_reference(y_RH.float(), position_TK, weights_TK.float()).to(dtype)
+    return out_TH
 
 
 combine = define(

@@ -25,6 +25,7 @@ from moe_compile.ops._check import (
     check_int32,
     check_same_device,
 )
+from moe_compile.ops._cpu import grouped_mm_cpu
 from moe_compile.ops._grouped_mm_kernel import Blocks, choose_blocks, grouped_mm_kernel
 from moe_compile.ops._library import define
 
@@ -147,8 +148,8 @@ def _cpu(
     top_k: int = 1,
     bias_EG: Tensor | None = None,
 ) -> Tensor:
-    _fake(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
-    return grouped_mm_reference(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
+    _check(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
+    return grouped_mm_cpu(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
 
 
 grouped_mm = define(

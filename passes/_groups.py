@@ -70,15 +70,19 @@ def parse_groups(choice: fx.Node, top_k: int) -> tuple[fx.Node, Groups | None]:
     if not (repeated and (broadcast or same_shape(mask, val(where).shape))):
         raise Declined("the mask of groups is not repeated for each expert of a group")
     best, top = _parse_index(marks.index)
+    if not same_shape(best, (T, P)):
+        raise Declined("the groups are not chosen by one score each")
+    while not same_shape(kept, val(choice).shape):
+        if not is_call(kept, *RESHAPES):
+            raise Declined("experts are masked before their scores have the shape [T, E]")
+        kept = args(kept)[0]
+    if top == P:  # whatever the groups' scores are
+        return kept, None
     score, scores_TPS = _parse_group_score(best)
     if not same_shape(scores_TPS, (T, P, S)) or _flat(scores_TPS) is not _flat(kept):
         raise Declined("the groups are not chosen by the scores that choose the experts")
     if top * S < top_k:
         raise Declined(f"{top} groups of {S} experts are too few for {top_k} experts")
-    while not same_shape(kept, val(choice).shape):
-        if not is_call(kept, *RESHAPES):
-            raise Declined("experts are masked before their scores have the shape [T, E]")
-        kept = args(kept)[0]
     return kept, Groups(P, top, score, float(fill))
 
 

@@ -152,7 +152,7 @@ def _keywords(selection: Selection, weights: Weights) -> dict[str, Any]:
     if selection.bias is not None:
         words["bias"] = selection.bias
     groups = selection.groups
-    if groups is not None and groups.top < groups.num:
+    if groups is not None:
         words.update(num_groups=groups.num, top_groups=groups.top, group_score=groups.score)
     if weights.renormalize:
         words["renormalize"] = True

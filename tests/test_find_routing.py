@@ -83,7 +83,16 @@ def max_groups_zero(logits: Tensor) -> tuple[Tensor, ...]:
     return experts(w * 16.0, ids)
 
 
+def best_group(logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Inductor makes a comparison of a scatter of one index."""
+    scores = logits.float().sigmoid()
+    choice = scores + bias
+    ids = keep_groups(choice, best_two(choice), -INF, top=1).topk(K).indices
+    return experts(scores.gather(1, ids), ids)
+
+
 def one_group(logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """All groups are kept."""
     scores = logits.float().sigmoid()
     choice = scores + bias
     best = choice.view(-1, 1, E).topk(2, dim=-1).values.sum(-1)
@@ -181,7 +190,8 @@ MATCHED = [
     (sigmoid_bias_groups, "sigmoid + bias, 2 of 4 groups, top-2, renormalised, x2.5"),
     (groups_by_view, "sigmoid + bias, 2 of 4 groups, top-2"),
     (max_groups_zero, "softmax, 2 of 4 groups, top-2, x16"),
-    (one_group, "sigmoid + bias, 1 of 1 groups, top-2"),
+    (best_group, "sigmoid + bias, 1 of 4 groups, top-2"),
+    (one_group, "sigmoid + bias, top-2"),
     (clamped_sum, "softmax, top-2, renormalised"),
     (shared_by_power_of_two, "top-2, softmax, x0.25"),
     (rounded_scores, "scores + bias, top-2; scores are rounded to bfloat16; renormalised outside"),
@@ -532,7 +542,7 @@ def test_twice_is_once() -> None:
     assert outcome == Outcome()
 
 
-@pytest.mark.parametrize("fn", [softmax_topk, sigmoid_bias_groups, groups_by_view, one_group])
+@pytest.mark.parametrize("fn", [softmax_topk, sigmoid_bias_groups, groups_by_view, best_group])
 def test_dynamic_tokens(fn: Any) -> None:
     inputs = tensors(fn)
     torch._dynamo.mark_dynamic(inputs[0], 0)
@@ -603,6 +613,7 @@ ROUTERS = [
     ("cohere2_moe.Cohere2MoeTopKRouter", "top-2, softmax"),
     ("deepseek_v2.DeepseekV2TopkRouter", "softmax, 2 of 4 groups, top-2, x2.5"),
     ("deepseek_v3.DeepseekV3TopkRouter", DEEPSEEK),
+    ("deepseek_v4.DeepseekV4TopKRouter", "scores + bias, top-2; renormalised outside"),
     ("ernie4_5_moe.Ernie4_5_MoeTopKRouter", "softmax + bias, top-2; renormalised outside"),
     ("gemma4.Gemma4TextRouter", NORMED),
     ("glm4_moe.Glm4MoeTopkRouter", DEEPSEEK),
@@ -623,7 +634,6 @@ ROUTERS = [
     ("qwen3_vl_moe.Qwen3VLMoeTextTopKRouter", NORMED),
 ]
 LEFT_ROUTERS = [
-    ("deepseek_v4.DeepseekV4TopKRouter", "scores + bias are rounded to bfloat16"),
     ("inkling.InklingTopkRouter", "the weights are not taken from the scores that choose"),
     ("mistral4.Mistral4TopkRouter", "scores of groups are rounded to bfloat16"),
     ("phimoe.PhimoeTopKRouter", "ids do not come from a top-k, but from aten.cat.default"),
@@ -654,8 +664,11 @@ def capture_router(name: str) -> fx.GraphModule:
         inputs = [inputs[0].unsqueeze(0)]
     if family in ("afmoe", "hy_v3", "lfm2_moe", "minimax_m2"):
         inputs.append(torch.zeros(E))
+    router = router.bfloat16().eval()
+    for buffer in router.buffers():  # as from_pretrained keeps the biases
+        buffer.data = buffer.data.float()
     with torch.no_grad():
-        return capture(Routed(router).bfloat16().eval(), *inputs)
+        return capture(Routed(router), *inputs)
 
 
 @pytest.mark.parametrize(("router", "detail"), ROUTERS, ids=lambda p: p.partition(".")[0])

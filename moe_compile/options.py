@@ -16,14 +16,15 @@ from moe_compile.passes._outcome import EXACTNESS, Exactness, Pass
 class Options:
     """Our own options; every other key of `options` is one of Inductor's.
 
-    mode: as torch.compile's `mode`, for use with other options (torch itself allows one of the two).
+    mode: as torch.compile's `mode`, for use with other options (torch allows one of the two).
     exactness: the most a pass may change results: "bitwise", "reassociating" (the same maths,
         rounded in another order; the default) or "lossy".
     require: least number of rewrites by pass name, for each graph; fewer fail the compile with the
         report. Such compiles bypass the compile cache, since a cached graph runs no pass.
     disable: names of passes that shall not run.
-    extra_passes: passes of your own, run after ours in the order given. One with a `uuid` attribute
-        (a string that changes whenever the pass does) may be cached; others bypass the cache.
+    extra_passes: passes of your own, run after ours in the order given, whatever `exactness` says
+        unless they state theirs. One with a `uuid` attribute (a string that changes whenever the
+        pass does) may be cached; others bypass the cache.
     """
 
     mode: str | None = None

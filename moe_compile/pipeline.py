@@ -49,9 +49,7 @@ class MoePasses(CustomGraphPass):
 
     def _run(self, pass_: Callable[[fx.Graph], Any], graph: fx.Graph) -> PassReport:
         name = name_of(pass_)
-        kind = getattr(
-            pass_, "exactness", "lossy"
-        )  # a pass that does not say is taken at the worst
+        kind = getattr(pass_, "exactness", "bitwise")  # unsaid: the user's own judgement
         if name in self.options.disable:
             return PassReport(name, Outcome(), skipped="disabled")
         if EXACTNESS.index(kind) > EXACTNESS.index(self.options.exactness):
@@ -70,18 +68,21 @@ class MoePasses(CustomGraphPass):
         if self._keep_graphs or self.options.require or None in theirs:
             return None
         own = (self.options.exactness, self.options.disable)
-        return hashlib.sha256(repr((source_hash(), own, theirs)).encode()).hexdigest()
+        return hashlib.sha256(repr((_own_hash(), own, theirs)).encode()).hexdigest()
 
 
-@cache
-def source_hash() -> str:
+def source_hash(root: Path) -> str:
     """One hash over all our sources: passes decide the graph, fakes its shapes and strides."""
-    root = Path(__file__).parent
     digest = hashlib.sha256()
     for folder in (root, root / "ops", root / "passes"):
         for path in sorted([*folder.glob("*.py"), *folder.glob("*.cpp")]):
             digest.update(f"{folder.name}/{path.name}".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+@cache
+def _own_hash() -> str:
+    return source_hash(Path(__file__).parent)
 
 
 def _uuid_of(pass_: Any) -> Any:

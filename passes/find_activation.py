@@ -58,8 +58,8 @@ def find_activation(graph: fx.Graph) -> Outcome:
         grouped_mm_1: f32[8, 16] = moe_compile.grouped_mm(silu_mul, arg3_1, arg2_1)
         return [grouped_mm_1]
 
-    Known: silu(gate) * up in its spellings, with alpha and clamps (gpt-oss, DeepSeek-V4), halves side
-    by side or interleaved; gelu(gate) * up, erf and tanh; relu squared.
+    Known: silu(gate) * up in its spellings, with alpha and clamps (gpt-oss, DeepSeek-V4), halves
+    side by side or interleaved; gelu(gate) * up, erf and tanh; relu squared.
     Left alone: any other function of the rows, which Inductor then fuses; halves from two GEMMs.
     Numerics: computed in float32 and rounded once, where the model rounds after each op.
     """

@@ -64,6 +64,33 @@ def strip(node: Any, *targets: Any) -> Any:
     return node
 
 
+def is_widening(node: Any) -> bool:
+    """Is `node` a cast between floats that loses nothing?"""
+    if not is_call(node, *CASTS):
+        return False
+    source, target = val(args(node)[0]).dtype, val(node).dtype
+    return source == target or (source, target) in _WIDENINGS
+
+
+_WIDENINGS = {
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float64),
+    (torch.float16, torch.float64),
+    (torch.float32, torch.float64),
+}
+
+
+def is_exact_cast(node: Any) -> bool:
+    """Is `node` a cast that keeps indices and counts, which are whole and below 2 ** 24?"""
+    exact = (torch.int32, torch.int64, torch.float32, torch.float64)
+    if not is_call(node, *CASTS) or val(node).dtype not in exact:
+        return False
+    source = args(node)[0]
+    whole = is_call(source, aten.histc.default, aten.cumsum.default) or is_exact_cast(source)
+    return whole or not val(source).is_floating_point()
+
+
 def operands(node: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """The two operands of a commutative op, in both orders."""
     a, b = args(node)[:2]
@@ -75,6 +102,8 @@ def constant(node: Any) -> Any:
     if isinstance(node, (int, float, bool)):
         return node
     node = strip(node, *CASTS, aten.expand.default)
+    if is_call(node, aten.scalar_tensor.default):
+        return node.args[0]
     if is_call(node, aten.full.default) and isinstance(node.args[1], (int, float, bool)):
         return node.args[1]
     return None

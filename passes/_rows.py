@@ -1,11 +1,13 @@
 """Values that have one row for each (token, expert) pair, and the proof that a region works row by row.
 
 A rewrite may put the rows of an expert layer in another order only if nothing between its GEMMs
-looks at more than one row at a time, and nobody outside sees the rows. `Region` proves both.
+looks at more than one row at a time, and nobody outside sees the rows. `Region` proves the first;
+`check_private` the second.
 """
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from moe_compile.passes._graph import (
     RESHAPES,
     SQUEEZES,
     arg,
+    args,
     aten,
     has_val,
     is_call,
@@ -26,7 +29,7 @@ from moe_compile.passes._graph import (
 )
 from moe_compile.passes._outcome import Declined
 
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 _REDUCTIONS = (
     aten.sum.dim_IntList,
     aten.mean.dim,
@@ -34,22 +37,27 @@ _REDUCTIONS = (
     aten.amin.default,
     aten.var_mean.correction,
 )
+# Where each op that works along one dim has that dim among its arguments.
+_ALONG = {
+    **dict.fromkeys(_SPLITS, 2),
+    **dict.fromkeys((aten.slice.Tensor, aten.select.int, aten.cat.default), 1),
+}
 
 
 @dataclass
 class Region:
     """The nodes between a sink and the leaves that it is computed from, row by row.
 
-    `leading` is how many leading dims number the rows: 1 for [R, ...], 2 for [T, K, ...].
-    `leaf` says whether a node ends the region (an expert GEMM); `masks` whether a `where` only
-    zeroes rows that no expert owns.
+    A value has rows if the product of its first dims is `num_rows`: its row r is entry r of these
+    dims in flat order, which every reshape keeps. `leaf` says whether a node ends the region (an
+    expert GEMM); `masks` whether it only zeroes rows that no expert owns.
     """
 
-    rows: tuple[Any, ...]  # the sizes of the leading dims
+    num_rows: Any
     leaf: Callable[[fx.Node], bool]
     masks: Callable[[fx.Node], bool] = lambda _: False
     leaves: list[fx.Node] = field(default_factory=list)
-    inside: set[fx.Node] = field(default_factory=set)
+    inside: dict[fx.Node, None] = field(default_factory=dict)  # in the order they were found
 
     def walk(self, sink: fx.Node) -> None:
         """Collect `inside` and `leaves` above `sink`; raise Declined where a node mixes rows."""
@@ -61,68 +69,83 @@ class Region:
             if self.leaf(node):
                 self.leaves.append(node)
                 continue
-            self.inside.add(node)
+            self.inside[node] = None
             todo += self._row_inputs(node)
 
     def _row_inputs(self, node: fx.Node) -> list[fx.Node]:
         """The inputs of `node` that have rows, given that `node` treats each row alone."""
         if node.op != "call_function":
             raise Declined(f"{node.name} feeds the rows from outside the layer")
-        if is_call(node, operator.getitem) and is_call(node.args[0], *_SPLITS):
-            node = node.args[0]  # type: ignore[assignment]
-            self.inside.add(node)
-        elif not self._has_rows(node):
-            raise Declined(f"{node.name} does not keep one row per token and expert")
+        if is_call(node, operator.getitem) and is_call(args(node)[0], *_SPLITS, *_REDUCTIONS):
+            return [args(node)[0]]
         if self.masks(node):
-            return [node.args[2]]  # type: ignore[list-item]
-        if is_call(node, *_SPLITS, aten.slice.Tensor, aten.cat.default):
-            default = 0
-            dim = arg(node, 2 if is_call(node, *_SPLITS) else 1, "dim", default)
-            if dim % _rank(node) < len(self.rows):
+            return [args(node)[2]]
+        tensors = [n for n in node.all_input_nodes if has_val(n)]
+        if node.target in _ALONG:
+            dim = arg(node, _ALONG[node.target], "dim", 0)
+            if any(dim % val(n).ndim < self._lead(n) for n in tensors):
                 raise Declined(f"{node.name} takes the rows apart")
-            return [n for n in node.all_input_nodes if has_val(n)]
+            return tensors
         if is_call(node, *_REDUCTIONS):
-            (x,) = node.all_input_nodes
             dims = arg(node, 1, "dim", None)
-            if not dims or any(d % val(x).ndim < len(self.rows) for d in dims):
-                raise Declined(f"{node.name} sums over the rows")
-            return [x]
+            if not dims or any(d % val(n).ndim < self._lead(n) for d in dims for n in tensors):
+                raise Declined(f"{node.name} reduces over the rows")
+            return tensors
+        lead = self._lead(node)
         if is_call(node, *RESHAPES, *SQUEEZES, *CASTS, *COPIES):
-            (x,) = [n for n in node.all_input_nodes if has_val(n)]
-            return [x]
-        if _pointwise(node):
-            return [n for n in node.all_input_nodes if has_val(n) and self._varies(n, node)]
+            return tensors
+        if _is_pointwise(node):
+            return [n for n in tensors if self._varies(n, node, lead)]
         raise Declined(f"{node.name} ({node.target}) is not known to treat each row alone")
 
-    def _has_rows(self, node: fx.Node) -> bool:
-        if not has_val(node):
-            return False
+    def _lead(self, node: fx.Node) -> int:
+        """How many first dims of a value number its rows."""
+        if has_val(node):
+            shape = val(node).shape
+            for lead in range(len(shape) + 1):
+                if same(math.prod(shape[:lead]), self.num_rows):
+                    return lead
+        raise Declined(f"{node.name} does not keep one row per token and expert")
+
+    def _varies(self, operand: fx.Node, node: fx.Node, lead: int) -> bool:
+        """Does an operand of the pointwise `node` have rows (or else the same values for each)?"""
         shape = val(node).shape
-        return len(shape) >= len(self.rows) and all(map(same, shape, self.rows))
+        first = len(shape) - val(operand).ndim  # the dim of `node` that the operand's first meets
+        sizes = val(operand).shape[: max(0, lead - first)]
+        if first == 0 and all(map(same, sizes, shape[:lead])):
+            return lead > 0 or self._reaches_leaf(operand)
+        if all(same(size, 1) for size in sizes):
+            return False
+        if (
+            first > 0
+            and all(same(size, 1) for size in shape[:first])
+            and all(map(same, sizes, shape[first:lead]))
+        ):
+            return True  # only leading ones are missing
+        raise Declined(f"{operand.name} varies with part of the row index only")
 
-    def _varies(self, operand: fx.Node, node: fx.Node) -> bool:
-        """Does the operand of a pointwise op differ from row to row?"""
-        missing = val(node).ndim - val(operand).ndim
-        sizes = val(operand).shape[: max(0, len(self.rows) - missing)]
-        return any(not same(size, 1) for size in sizes)
-
-    def check_private(self, *consumers: fx.Node) -> None:
-        """Nobody but `consumers` reads the region's rows from outside."""
-        members = self.inside | set(self.leaves)
-        for node in members:
-            for user in node.users:
-                if user not in members and user not in consumers:
-                    raise Declined(f"{node.name} is also read by {user.name}")
+    def _reaches_leaf(self, operand: fx.Node) -> bool:
+        """With one row in all, shapes do not tell whether a value has it: does it come from a leaf?"""
+        part = Region(self.num_rows, self.leaf, self.masks)
+        try:
+            part.walk(operand)
+        except Declined:
+            return False
+        return True
 
 
-def _rank(node: fx.Node) -> int:
-    x = node.args[0]
-    first = x[0] if isinstance(x, (list, tuple)) else x
-    assert isinstance(first, fx.Node)
-    return val(first).ndim
+def check_private(members: Iterable[fx.Node], consumers: Iterable[fx.Node]) -> None:
+    """Nobody outside reads a member, save the consumers."""
+    known = {*members, *consumers}
+    for node in members:
+        for user in node.users:
+            if user not in known:
+                raise Declined(f"{node.name} is also read by {user.name}")
 
 
-def _pointwise(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.pointwise in node.target.tags or is_call(node, aten.where.self)
-    )
+def _is_pointwise(node: fx.Node) -> bool:
+    """Does each element of the output depend on the same element of each input, and on nothing else?"""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    tags = node.target.tags
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags

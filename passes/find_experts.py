@@ -1,29 +1,39 @@
 """Find the experts of an MoE layer and give each stage its op."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
 from moe_compile.ops import moe
 from moe_compile.passes._combine import Combine, parse_combine
-from moe_compile.passes._dispatch import Dispatch, in_range, repeated_tokens
-from moe_compile.passes._gemm import Gemm, expert_gemms_above, is_expert_gemm, parse_gemm
+from moe_compile.passes._dispatch import (
+    Dispatch,
+    exact,
+    in_range,
+    never_negative,
+    reads_tokens,
+    simplest_ids,
+)
+from moe_compile.passes._gemm import Gemm, Placed, find_gemms, gemms_above, place
 from moe_compile.passes._graph import (
-    CASTS,
-    COPIES,
     RESHAPES,
-    SQUEEZES,
+    args,
     aten,
     call,
+    has_val,
     is_call,
+    prims,
     same,
     same_shape,
-    strip,
     unpack,
     val,
 )
 from moe_compile.passes._outcome import Declined, Outcome, exactness
-from moe_compile.passes._rows import Region
+from moe_compile.passes._rows import Region, check_private
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -32,13 +42,17 @@ class Experts:
 
     combine: Combine
     x: fx.Node  # [T, H]
-    ups: tuple[Gemm, ...]
-    down: Gemm
+    ups: tuple[Placed, ...]
+    down: Placed
     masks: tuple[fx.Node, ...]  # where(unowned, 0, .), which the ops make needless
 
     @property
     def dispatch(self) -> Dispatch:
         return self.combine.dispatch
+
+    @property
+    def num_experts(self) -> int:
+        return self.down.gemm.num_experts
 
 
 @exactness("reassociating")
@@ -55,151 +69,151 @@ def find_experts(graph: fx.Graph) -> Outcome:
     the new order of rows asks of it.
 
     Forms: rows sorted by expert and `_grouped_mm` (transformers' grouped_mm, torchtitan), or weights
-    gathered for each row and `bmm` (transformers' batched_mm, gpt-fast); one GEMM for gate and up or
-    two; weights [E, G, H] or [E, H, G]; with and without biases; any activation.
+    gathered for each row and `bmm` (transformers' batched_mm, gpt-fast), also where Inductor made the
+    `bmm` a multiply and a sum; one GEMM for gate and up or two; weights [E, G, H] or [E, H, G]; with and
+    without biases; any activation.
     Left alone: rows read by somebody else (saved for backward, say), functions that mix rows, offsets
-    that are not the counts of the ids. Each is reported.
-    Numerics: products with routing weights and their sum are float32, rounded once.
+    that are not proved to be the counts of the ids. Each is reported; a `_grouped_mm` in there becomes
+    `grouped_mm` by itself, with the model's own order and sum (Megatron-Core).
+    Numerics: biases are added, and products with routing weights are summed, in float32 and rounded
+    once. Everything between the GEMMs, and the rounding of their results, stays as written.
+    Ids: a sorted form takes ids >= E for no expert and is wrong, before and after, for ids below 0; a
+    gather counts ids below 0 from the end, which is kept.
     """
     outcome = Outcome()
+    gemms = find_gemms(graph)
     reasons: dict[fx.Node, str] = {}
-    for node in list(graph.nodes):
-        combine = parse_combine(node)
+    for node in list(graph.nodes) if gemms else []:
+        combine = parse_combine(node, gemms)
         if combine is None:
             continue
         try:
-            experts = _match(combine)
+            experts = _match(combine, gemms)
         except Declined as declined:
-            for gemm in expert_gemms_above(combine.y):
+            for gemm in gemms_above(combine.y, gemms, through=True):
                 reasons.setdefault(gemm.node, str(declined))
             continue
         _rewrite(graph, experts)
-        outcome.rewrote(experts.down.node, _describe(experts))
+        outcome.rewrote(experts.down.gemm.node, _describe(experts))
     graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if is_expert_gemm(node):
-            outcome.decline(node, reasons.get(node, "no sum over the experts of a token was found below"))
+    for node in [node for node in graph.nodes if node in gemms]:
+        reason = reasons.get(node, "no weighted sum over the experts of each token was found below")
+        if gemms[node].grouped and _rewrite_alone(graph, gemms[node]):
+            reason += "; the GEMM alone became grouped_mm"
+        outcome.decline(node, reason)
+    graph.eliminate_dead_code()
     return outcome
 
 
 def _describe(experts: Experts) -> str:
-    E, H, G = val(experts.ups[0].weight).shape
-    form = "grouped" if experts.down.grouped else "batched"
+    form = "grouped" if experts.down.gemm.grouped else "batched"
     bias = ", bias" if experts.down.bias is not None else ""
-    return f"{form}{bias}: {E} experts, top-{experts.combine.top_k}, {len(experts.ups)} GEMM up, 1 down"
+    E, K = experts.num_experts, experts.dispatch.top_k
+    return f"{form}{bias}: {E} experts, top-{K}, {len(experts.ups)} GEMM up, 1 down"
 
 
-def _match(combine: Combine) -> Experts:
-    dispatch = combine.dispatch
-    tail = _region(combine, combine.y)
-    (down,) = _gemms(tail, dispatch, "between the down GEMM and the weighting")
-    middle = _region(combine, strip(down.x, *SQUEEZES))
-    ups = _gemms(middle, dispatch, "between the up and the down GEMM")
-    tail.check_private(combine.reader)
-    middle.check_private(down.node, *_views_between(down))
-    xs = {_tokens(up, combine) for up in ups}
+def _match(combine: Combine, gemms: dict[fx.Node, Gemm]) -> Experts:
+    tail, downs = _walk(combine, combine.y, gemms, reads_rows=True)
+    if len(downs) != 1:
+        raise Declined(f"expected 1 GEMM above the weights, got {len(downs)}")
+    (down,) = downs
+    middle, ups = _walk(combine, down.source, gemms, reads_rows=False)
+    if not 1 <= len(ups) <= 2:
+        raise Declined(f"expected 1 or 2 GEMMs above the down GEMM, got {len(ups)}")
+    xs = {_tokens(up, combine.dispatch) for up in ups}
     if len(xs) != 1:
         raise Declined("the up GEMMs read different inputs")
-    experts = {gemm.num_experts for gemm in (*ups, down)}
+    experts = {placed.gemm.num_experts for placed in (*ups, down)}
     if len(experts) != 1:
-        raise Declined(f"the GEMMs have different numbers of experts: {experts}")
-    for gemm in (*ups, down):
-        _check_frame(gemm, combine)
-    masks = tuple(n for n in tail.inside | middle.inside if tail.masks(n))
+        raise Declined(f"the GEMMs have different numbers of experts: {sorted(experts)}")
+    for placed in (*ups, down):
+        _check_dtypes(placed)
+    _check_dtypes_of_sum(combine)
+    parts = (tail.inside, middle.inside, combine.inside, *(p.inside for p in (*ups, down)))
+    check_private(dict.fromkeys(n for part in parts for n in part), [combine.node])
+    masks = tuple(n for n in (*tail.inside, *middle.inside) if tail.masks(n))
     return Experts(combine, xs.pop(), tuple(ups), down, masks)
 
 
-def _region(combine: Combine, sink: fx.Node) -> Region:
+def _walk(
+    combine: Combine, sink: fx.Node, gemms: dict[fx.Node, Gemm], reads_rows: bool
+) -> tuple[Region, list[Placed]]:
+    """The region above `sink` and the GEMMs that end it."""
     dispatch = combine.dispatch
+    found: dict[fx.Node, Placed | None] = {}
 
     def leaf(node: fx.Node) -> bool:
-        gemm = parse_gemm(node, dispatch)
-        return gemm is not None and same_shape(node, (*combine.rows, val(node).shape[-1]))
+        if node not in found:
+            found[node] = place(node, gemms, dispatch, reads_rows) if has_val(node) else None
+        return found[node] is not None
+
+    experts = {gemm.num_experts for gemm in gemms_above(combine.y, gemms)}
 
     def masks(node: fx.Node) -> bool:
-        return any(dispatch.zeroes_unowned(node, e) for e in _mask_bound(node))
+        return any(dispatch.zeroes_unowned(node, num_experts) for num_experts in experts)
 
-    region = Region(combine.rows, leaf, masks)
+    region = Region(dispatch.num_rows, leaf, masks)
     region.walk(sink)
-    return region
+    return region, [placed for node in region.leaves if (placed := found[node]) is not None]
 
 
-def _mask_bound(node: fx.Node) -> list[int]:
-    """The E of a mask `ids >= E`."""
-    if not is_call(node, aten.where.self):
-        return []
-    mask = strip(node.args[0], *SQUEEZES, *RESHAPES, aten.expand.default)
-    return [mask.args[1]] if is_call(mask, aten.ge.Scalar) else []
-
-
-def _gemms(region: Region, dispatch: Dispatch, where: str) -> list[Gemm]:
-    gemms = [parse_gemm(leaf, dispatch) for leaf in region.leaves]
-    found = [g for g in gemms if g is not None]
-    if not 1 <= len(found) <= 2:
-        raise Declined(f"expected 1 or 2 expert GEMMs {where}, got {len(found)}")
-    return found
-
-
-def _views_between(gemm: Gemm) -> list[fx.Node]:
-    """The views through which a GEMM reads its rows."""
-    views, node = [], gemm.x
-    while is_call(node, *SQUEEZES):
-        views.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return views
-
-
-def _tokens(up: Gemm, combine: Combine) -> fx.Node:
+def _tokens(up: Placed, dispatch: Dispatch) -> fx.Node:
     """x [T, H] of which an up GEMM reads one row for each pair."""
-    dispatch = combine.dispatch
-    rows = dispatch.unmask(strip(up.x, *SQUEEZES), up.num_experts)
-    rows = strip(rows, *COPIES)
-    if dispatch.sort is not None:
-        if is_call(rows, aten.index.Tensor) and len(rows.args[1]) == 1:
-            x, (token,) = rows.args
-            if val(x).ndim == 2 and dispatch.is_token_of_row(strip(token, *CASTS)):
-                return x  # type: ignore[no-any-return]
-        raise Declined("the up GEMM's rows are not x[order // K]")
-    x = repeated_tokens(rows, combine.top_k)
-    if x is None:
+    if not up.gemm.grouped:
+        x: fx.Node | None = up.source
+        fits = same_shape(up.source, [dispatch.num_tokens, val(up.source).shape[-1]])
+    else:
+        x = reads_tokens(dispatch.unmask(up.source, up.gemm.num_experts), dispatch)
+        fits = x is not None
+    if not fits or x is None:
         raise Declined("the up GEMM's rows are not each token K times")
     return x
 
 
-def _check_frame(gemm: Gemm, combine: Combine) -> None:
-    dispatch = combine.dispatch
-    if gemm.grouped != (dispatch.sort is not None):
-        raise Declined("a grouped GEMM outside a sort, or gathered weights inside one")
-    if gemm.grouped and not dispatch.counts_rows(gemm.index, gemm.num_experts):
-        raise Declined("the offsets are not proved to be the running counts of the sorted ids")
-    if not gemm.grouped and not dispatch.is_expert_of_row(gemm.index):
-        raise Declined("the GEMMs gather weights by different ids")
+def _check_dtypes(placed: Placed) -> None:
+    operands = (placed.gemm.weight, placed.source, *([placed.bias] if placed.bias else []))
+    dtypes = {val(node).dtype for node in operands}
+    if len(dtypes) != 1 or not dtypes <= set(_FLOATS):
+        raise Declined(f"a GEMM in {', '.join(sorted(map(str, dtypes)))}")
+
+
+def _check_dtypes_of_sum(combine: Combine) -> None:
+    for node in (combine.y, combine.weights, combine.node, combine.base or combine.node):
+        if val(node).dtype not in _FLOATS:
+            raise Declined(f"a weighted sum in {val(node).dtype}")
 
 
 def _rewrite(graph: fx.Graph, experts: Experts) -> None:
-    combine, down = experts.combine, experts.down
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    first = min((up.result for up in experts.ups), key=place.__getitem__)
+    combine, down, dispatch = experts.combine, experts.down, experts.dispatch
+    first = min(up.gemm.node for up in experts.ups)
     with graph.inserting_before(first):
         ids = _ids(graph, experts, first)
-        sort = call(graph, moe.sort_tokens.default, ids, down.num_experts, like=first)
+        sort = call(graph, moe.sort_tokens.default, ids, experts.num_experts, like=first)
         rows, offsets, position = unpack(graph, sort, 3)
     for mask in experts.masks:
-        mask.replace_all_uses_with(mask.args[2])  # type: ignore[arg-type]
+        mask.replace_all_uses_with(args(mask)[2])
     new = {}
     for up in experts.ups:
-        new[up.result] = _replace(graph, up, experts.x, offsets, rows, combine.top_k)
-    h = _as_rows(graph, strip(down.node.args[0] if down.grouped else down.x, *SQUEEZES), down)
-    new[down.result] = _replace(graph, down, h, offsets, None, 1)
+        new[up.result] = _replace(graph, up, experts.x, offsets, rows, dispatch.top_k)
+    h = down.source
+    while h in experts.masks:
+        h = args(h)[2]
+    new[down.result] = _replace(graph, down, new.get(h, h), offsets, None, 1)
     y = combine.y
     while y in new or y in experts.masks:
-        y = new[y] if y in new else y.args[2]  # type: ignore[assignment]
+        y = new[y] if y in new else args(y)[2]
     with graph.inserting_before(combine.node):
-        if val(y).ndim != 2:
-            y = call(graph, aten.reshape.default, y, [-1, val(y).shape[-1]], like=combine.node)
-        weights, dtype = combine.weights(graph), val(combine.node).dtype
-        target = moe.combine.default
-        out = call(graph, target, y, position, weights, like=combine.node, dtype=dtype)
+        y = _shaped(graph, y, [-1, combine.width], combine.node)
+        out = call(
+            graph,
+            moe.combine.default,
+            y,
+            position,
+            combine.make_weights(graph),
+            like=combine.node,
+            dtype=val(combine.node).dtype,
+        )
+        out = _shaped(graph, out, list(val(combine.node).shape), combine.node)
         if combine.base is not None:
             out = call(graph, aten.add.Tensor, combine.base, out, like=combine.node)
     combine.node.replace_all_uses_with(out)
@@ -207,52 +221,101 @@ def _rewrite(graph: fx.Graph, experts: Experts) -> None:
 
 def _ids(graph: fx.Graph, experts: Experts, like: fx.Node) -> fx.Node:
     """The ids as [T, K]. A gather takes a negative id from the end, where the ops take it for none."""
-    ids, top_k, E = experts.dispatch.ids, experts.combine.top_k, experts.down.num_experts
-    wraps = not experts.down.grouped and not in_range(ids, E)
-    ids = ids if wraps else _unflatten(ids, top_k)
-    if val(ids).ndim != 2:
-        ids = call(graph, aten.reshape.default, ids, [-1, top_k], like=like)
+    dispatch, E = experts.dispatch, experts.num_experts
+    ids = simplest_ids(dispatch.ids, E)
+    shape = [dispatch.num_tokens, dispatch.top_k]
+    wraps = dispatch.sort is None and not in_range(ids, E)
+    source = ids
+    while is_call(source, *RESHAPES) and not same_shape(source, shape):
+        source = args(source)[0]
+    if same_shape(source, shape):
+        ids = source
+    else:
+        ids = call(graph, aten.reshape.default, ids, [-1, dispatch.top_k], like=like)
     if wraps:
         negative = call(graph, aten.lt.Scalar, ids, 0, like=like)
-        ids = call(
-            graph, aten.where.self, negative, call(graph, aten.add.Tensor, ids, E, like=like), ids, like=like
-        )
+        from_end = call(graph, aten.add.Tensor, ids, E, like=like)
+        ids = call(graph, aten.where.self, negative, from_end, ids, like=like)
     return ids
 
 
-def _unflatten(ids: fx.Node, top_k: int) -> fx.Node:
-    """The [T, K] node that was flattened, if there is one."""
-    source = strip(ids, *RESHAPES)
-    return source if val(source).ndim == 2 and same(val(source).shape[1], top_k) else ids
-
-
-def _as_rows(graph: fx.Graph, h: fx.Node, gemm: Gemm) -> fx.Node:
-    if val(h).ndim == 2:
-        return h
-    with graph.inserting_before(gemm.result):
-        return call(graph, aten.reshape.default, h, [-1, val(gemm.x).shape[-1]], like=gemm.node)
-
-
 def _replace(
-    graph: fx.Graph, gemm: Gemm, x: fx.Node, offsets: fx.Node, rows: fx.Node | None, top_k: int
+    graph: fx.Graph,
+    placed: Placed,
+    x: fx.Node,
+    offsets: fx.Node,
+    rows: fx.Node | None,
+    top_k: int,
 ) -> fx.Node:
-    with graph.inserting_before(gemm.result):
-        weight = gemm.weight
-        if gemm.transpose:
-            weight = call(graph, aten.permute.default, weight, [0, 2, 1], like=gemm.node)
-        inputs = (x, weight, offsets, rows, top_k, gemm.bias)
-        new = call(graph, moe.grouped_mm.default, *_trim(inputs), like=gemm.node)
-        if val(gemm.result).ndim != 2:
-            shape = [*val(gemm.result).shape[:-1], val(new).shape[-1]]
-            new = call(graph, aten.reshape.default, new, shape, like=gemm.node)
-    gemm.result.replace_all_uses_with(new)
+    """Put `grouped_mm` where the result of a GEMM is."""
+    like, weight = placed.gemm.node, placed.gemm.weight
+    with graph.inserting_before(placed.result):
+        x = _shaped(graph, x, [-1, val(x).shape[-1]], like)
+        if placed.transpose:
+            weight = call(graph, aten.permute.default, weight, [0, 2, 1], like=like)
+        new = _grouped_mm(graph, x, weight, offsets, rows, top_k, placed.bias, like)
+        new = _shaped(graph, new, list(val(placed.result).shape), like)
+    placed.result.replace_all_uses_with(new)
     return new
 
 
-def _trim(inputs: tuple[object, ...]) -> tuple[object, ...]:
-    """Without trailing defaults of `grouped_mm`, so that graphs read well."""
-    defaults = (..., ..., ..., None, 1, None)
-    count = len(inputs)
-    while count > 3 and inputs[count - 1] is defaults[count - 1] or inputs[count - 1] == 1 and count == 5:
-        count -= 1
-    return inputs[:count]
+def _grouped_mm(
+    graph: fx.Graph,
+    x: fx.Node,
+    weight: fx.Node,
+    offsets: fx.Node,
+    rows: fx.Node | None,
+    top_k: int,
+    bias: fx.Node | None,
+    like: fx.Node,
+) -> fx.Node:
+    """The call without trailing defaults, so that graphs read well."""
+    inputs: list[object] = [x, weight, offsets, rows, top_k, bias]
+    for default in (None, 1, None):
+        if inputs[-1] is not default:
+            break
+        inputs.pop()
+    return call(graph, moe.grouped_mm.default, *inputs, like=like)
+
+
+def _shaped(graph: fx.Graph, node: fx.Node, shape: list[Any], like: fx.Node) -> fx.Node:
+    """`node` in this shape; -1 stands for what is left."""
+    mine = val(node).shape
+    if len(mine) == len(shape) and all(
+        s == -1 or same(m, s) for m, s in zip(mine, shape, strict=True)
+    ):
+        return node
+    known = [size if isinstance(size, int) else -1 for size in shape]  # only T may be symbolic
+    return call(graph, aten.reshape.default, node, known, like=like)
+
+
+def _rewrite_alone(graph: fx.Graph, gemm: Gemm) -> bool:
+    """Make one grouped GEMM an op, with the gather of its rows if there is one.
+
+    y[r] = x[token[r]] @ w[e] for offsets[e - 1] <= r < offsets[e] holds for any order and offsets; the
+    rows past the last offset, which torch leaves undefined, become zeros.
+    """
+    node, x, rows, top_k = gemm.node, gemm.x, None, 1
+    dtypes = {val(n).dtype for n in (x, gemm.weight, node)}
+    if len(dtypes) != 1 or not dtypes <= set(_FLOATS) or val(gemm.index).dtype != torch.int32:
+        return False
+    with graph.inserting_before(node):
+        token = _token(x)
+        if token is not None:
+            x, order = args(x)[0], exact(token)
+            if is_call(order, aten.div.Tensor_mode):
+                order, top_k = args(order)
+            rows = call(graph, prims.convert_element_type.default, order, torch.int32, like=node)
+        new = _grouped_mm(graph, x, gemm.weight, gemm.index, rows, top_k, None, node)
+    node.replace_all_uses_with(new)
+    return True
+
+
+def _token(rows: fx.Node) -> fx.Node | None:
+    """The index of rows gathered from a matrix, if none of it is negative."""
+    if not is_call(rows, aten.index.Tensor) or len(args(rows)[1]) != 1:
+        return None
+    x, (token,) = args(rows)
+    if token is None or val(x).ndim != 2 or val(token).ndim != 1 or not never_negative(token):
+        return None
+    return token  # type: ignore[no-any-return]

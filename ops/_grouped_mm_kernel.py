@@ -22,16 +22,43 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def choose_blocks(R: int, E: int, dtype: torch.dtype, h_contiguous: bool) -> Blocks:
-    """Blocks for R rows over E experts, from what the host knows without waiting."""
-    m = min(128, max(16, triton.next_power_of_2(triton.cdiv(R, E))))
+def choose_blocks(R: int, E: int, H: int, dtype: torch.dtype, h_contiguous: bool) -> Blocks:
+    """Blocks for R rows of H features over E experts, from what the host knows without waiting.
+
+    The numbers are microseconds on one H200 (torch 2.11, Triton 3.6, 2026-11-22, bfloat16) by
+    benchmarks/sweep_grouped_mm.py: gate+up, then down. Roofs then: 4.64 TB/s, 723 TFLOP/s.
+    """
+    # Twice the mean rows of an expert: a tile too low reads a whole weight again. Mixtral, T = 64,
+    # a mean of 16: 431 with m = 32, 592 with m = 16.
+    m = min(128, max(16, triton.next_power_of_2(triton.cdiv(2 * R, E))))
     if dtype == torch.float32:  # true float32 runs on the CUDA cores
-        return Blocks(min(m, 64), 64, 32, 8, 4, 3)
-    if m == 16:
-        return Blocks(16, 32, 128, 1, 4, 5) if h_contiguous else Blocks(16, 64, 64, 1, 4, 5)
-    if m < 128:
-        return Blocks(m, 128, 64, 4, 4, 4)
-    return Blocks(128, 256, 64, 16, 8, 3)
+        return Blocks(min(m, 64), 64, 32, 8, 8 if m >= 64 else 4, 3)
+    if m <= 32 and not h_contiguous:
+        # gpt-oss-120b: T = 1, 34.8 and 19.2 (82 and 74 % of the roof); T = 16, 370 and 190 (98 and
+        # 96 %). n = 128, k = 64 is 33.3 and 20.9 at T = 1, and no faster at T = 16.
+        return Blocks(m, 64, 128, 1 if m == 16 else 4, 4, 4)
+    if R <= 8 and H > 4096:
+        # One token: DeepSeek-V3's first 108 (94 % of the roof), Mixtral's second 57 (88 %). The
+        # blocks of m <= 32 below take 108 and 67, those of the next line 113 and 58.
+        return Blocks(16, 64, 256, 1, 4, 3)
+    if R <= 8:
+        # Few programs, so small ones: Qwen3-30B-A3B 15.7 and 9.7 (69 and 56 %), Mixtral's first 111
+        # (91 %), DeepSeek-V3's second 58 (87 %); the next line's 16.5, 9.5, 114 and 57. Nothing
+        # tried took less than 15.3 and 9.2 on Qwen3.
+        return Blocks(16, 32, 64, 1, 2, 8)
+    if m <= 32:
+        # T = 16: Mixtral 414 and 219 (96 and 91 %), Qwen3 121 and 63 (94 and 90 %), DeepSeek-V3
+        # 1314 and 656 (99 %). T = 4: Qwen3 51.7 and 25.7. With 4 stages there 47.3 and 26.1, but
+        # at T = 16 Mixtral's second takes 238.
+        return Blocks(m, 64, 128, 1 if m == 16 else 4, 4, 3 if m == 16 else 4)
+    if m == 64:
+        # DeepSeek-V3, T = 1024: 3502 and 1803 (93 and 90 %); n = 256 with 8 warps 3511 and 1816.
+        return Blocks(64, 128, 64, 4, 4, 4)
+    if R < 128 * E:
+        # Qwen3, T = 1024, a mean of 64: 222 and 129; n = 256: 226 and 133; m = 64: 234 and 129.
+        return Blocks(128, 128, 64, 4, 8, 3)
+    # T = 8192: Mixtral 7137 and 3191 (75 and 83 %), DeepSeek-V3 8514 and 4484 (63 and 59 %).
+    return Blocks(128, 256, 64, 8, 8, 3)
 
 
 @triton.jit
@@ -40,24 +67,31 @@ def _find_tile(  # type: ignore[no-untyped-def]
 ):
     """The expert of a tile, its first row, and where the expert's rows end.
 
-    Expert E stands for the rows of no expert. A tile that does not exist is empty: 0, 0, 0.
+    The tiles after all experts' are those of the rows of no expert, E; one past these is empty.
     """
     experts = tl.arange(0, BLOCK_E)
-    ends = tl.load(offsets_ptr + experts, mask=experts < E, other=R)
-    after_first = (experts > 0) & (experts <= E)
-    starts = tl.load(offsets_ptr + experts - 1, mask=after_first, other=0)
-    starts = tl.where(experts > E, R, starts)
+    ends = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
+    starts = tl.load(offsets_ptr + experts - 1, mask=(experts > 0) & (experts < E), other=0)
     tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
     last_tile = tl.cumsum(tiles, 0)
     first_tile = last_tile - tiles
     is_mine = (first_tile <= tile) & (tile < last_tile)
-    expert = tl.sum(tl.where(is_mine, experts, 0), 0)
-    first_row = tl.sum(tl.where(is_mine, starts + (tile - first_tile) * BLOCK_M, 0), 0)
-    end = tl.sum(tl.where(is_mine, ends, 0), 0)
+    rows = starts + (tile - first_tile) * BLOCK_M
+    # One reduction for both numbers: each costs barriers that decoding waits for.
+    mine = tl.max(tl.where(is_mine, (experts.to(tl.int64) << 32) | rows.to(tl.int64), -1), 0)
+    if mine >= 0:
+        expert = (mine >> 32).to(tl.int32)
+        first_row = (mine & 0x7FFFFFFF).to(tl.int32)
+        end = tl.load(offsets_ptr + expert)
+    else:
+        expert = E
+        first_row = tl.max(ends, 0) + (tile - tl.max(last_tile, 0)) * BLOCK_M
+        end = R
     return expert, first_row, end
 
 
-@triton.jit
+# Arguments that change with the number of tokens are not specialised on: it would compile again.
+@triton.jit(do_not_specialize=["R", "num_tiles"])
 def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     w_ptr,
@@ -79,6 +113,7 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     EVEN_H: tl.constexpr,
     UPCAST: tl.constexpr,
+    COMPENSATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,6 +148,7 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     w_ptrs += k.to(tl.int64)[:, None] * stride_wh + cols.to(tl.int64)[None, :] * stride_wg
     x_mask = (rows < end)[:, None]
     w_mask = (cols < G)[None, :]
+    lost = tl.zeros([BLOCK_M, BLOCK_N] if COMPENSATE else [1, 1], tl.float32)
     step = tl.full([], BLOCK_K, tl.int64) * stride_wh
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, H, BLOCK_K):
@@ -124,7 +160,13 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
             w = tl.load(w_ptrs, mask=w_mask & (k < H - start)[:, None], other=0.0)
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if COMPENSATE:  # Kahan: one long float32 sum would err more than cuBLAS's split ones
+            part = tl.dot(x, w, input_precision="ieee") - lost
+            total = acc + part
+            lost = (total - acc) - part
+            acc = total
+        else:
+            acc = tl.dot(x, w, acc)
         x_ptrs += BLOCK_K
         w_ptrs += step
     if HAS_BIAS:

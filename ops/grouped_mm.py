@@ -15,6 +15,7 @@ Errors: ValueError for other ranks, dtypes or shapes, tensors on several devices
 Source: the grouped product of MegaBlocks, Gale et al. 2022, arXiv:2211.15841, section 5.
 """
 
+import torch
 import triton
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def grouped_mm_triton(
     if y_RG.numel() == 0:
         return y_RG
     x_NH = x_NH if x_NH.stride(1) == 1 else x_NH.contiguous()
-    blocks = blocks or choose_blocks(R, E, x_NH.dtype, w_EHG.stride(1) == 1)
+    blocks = blocks or choose_blocks(R, E, H, x_NH.dtype, w_EHG.stride(1) == 1)
     # E experts and the rows of none are E + 1 groups; each group that is not empty adds at most one
     # tile that is not full.
     num_tiles = R // blocks.m + min(R, E + 1)
@@ -88,10 +89,11 @@ def grouped_mm_triton(
         HAS_BIAS=bias_EG is not None,
         EVEN_H=H % blocks.k == 0,
         UPCAST=not x_NH.is_cuda,  # only the interpreter runs on the CPU; its bfloat16 dot is wrong
+        COMPENSATE=x_NH.dtype == torch.float32,
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
-        BLOCK_E=triton.next_power_of_2(E + 1),
+        BLOCK_E=triton.next_power_of_2(E),
         GROUP=blocks.group,
         num_warps=blocks.warps,
         num_stages=blocks.stages,

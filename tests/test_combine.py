@@ -2,6 +2,7 @@ import pytest
 import torch
 from helpers import FLOATS, assert_close
 
+from moe_compile.ops import moe
 from moe_compile.ops.combine import combine, combine_reference, combine_triton
 
 FUNCTIONS = [combine, combine_triton]
@@ -62,6 +63,31 @@ def test_bitwise_stable(fn, device):
     args = inputs(9, 4, 300, device, torch.bfloat16)
     first = fn(*args)
     assert all(torch.equal(first, fn(*args)) for _ in range(3))
+
+
+@pytest.mark.gpu
+def test_whole_layer_in_a_cuda_graph(device):
+    """Captured with one routing, replayed with another: nothing may wait for the device."""
+    T, E, K, H, F = 37, 10, 3, 64, 48
+    x = torch.randn(T, H, device=device, dtype=torch.bfloat16)
+    gate_up = torch.randn(E, 2 * F, H, device=device, dtype=torch.bfloat16).mT / 8
+    down = torch.randn(E, H, F, device=device, dtype=torch.bfloat16).mT / 8
+
+    def layer(logits):
+        weights, ids = moe.route(logits, K)
+        rows, offsets, position = moe.sort_tokens(ids, E)
+        h = moe.silu_mul(moe.grouped_mm(x, gate_up, offsets, rows, K))
+        return moe.combine(moe.grouped_mm(h, down, offsets), position, weights)
+
+    logits = torch.randn(T, E, device=device)
+    layer(logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(logits)
+    for other in torch.randn(T, E, device=device), torch.arange(E, device=device).expand(T, E):
+        logits.copy_(other)
+        graph.replay()
+        assert torch.equal(out, layer(logits))
 
 
 def test_opcheck(device):

@@ -7,18 +7,15 @@ round times every variant once, in turn; spreads are of the ratios taken round b
 """
 
 import argparse
-import csv
-import datetime
 import gc
-import platform
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from _results import FOLDER, write
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -95,7 +92,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="run the cases whose name holds this")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
     cases = [case for case in CASES if options.only in case.name]
     rows = []
@@ -103,7 +100,7 @@ def main() -> int:
         bar.set_description(case.name)
         rows.append(measure(case, options.rounds))
         tqdm.write(line(rows[-1]))
-    write(rows, options.out)
+    write(rows, "models", options.out)
     return int(any(row["ratio median"] < row["floor"] for row in rows))
 
 
@@ -193,28 +190,6 @@ def line(row: dict[str, object]) -> str:
         f"{row['case']:36s} {row['ratio median']:.2f}x ({spread}; promised {row['floor']})"
         f" over {row['best of Inductor']}, {row['other form']:.2f}x over the other{mark}"
     )
-
-
-def write(rows: list[dict[str, object]], folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    today = datetime.date.today().isoformat()
-    about = {
-        "machine": f"{cpu_name()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": today,
-        "command": " ".join(["python", "benchmarks/bench_cpu.py", *sys.argv[1:]]),
-    }
-    with (folder / f"cpu_{today}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

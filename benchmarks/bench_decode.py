@@ -9,8 +9,6 @@ that a step must read over the read rate measured in the same run.
 """
 
 import argparse
-import csv
-import datetime
 import statistics
 import sys
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 import triton
+from _results import FOLDER, write
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, StaticCache
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
     torch.manual_seed(0)
     model = build(options.layers, options.device)
@@ -65,7 +64,7 @@ def main() -> None:
             tqdm.write(str({k: v for k, v in row.items() if k != "kernels"}))
             tqdm.write(row.pop("kernels"))
             sys.stdout.flush()
-            write(rows, options)
+            write(rows, "decode", options.out)
 
 
 def build(layers: int, device: str) -> torch.nn.Module:
@@ -189,24 +188,6 @@ def synchronize() -> None:
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else device
-
-
-def write(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
-    options.out.mkdir(exist_ok=True)
-    today = datetime.date.today().isoformat()
-    gpu = device_name(options.device).replace(" ", "_")
-    about = {
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "date": today,
-        "command": " ".join(["python", "benchmarks/bench_decode.py", *sys.argv[1:]]),
-    }
-    with (options.out / f"decode_{gpu}_{today}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,8 @@ cuBLAS product) are measured in the same run. Writes benchmarks/results/<gpu>_<d
 """
 
 import argparse
-import csv
-import datetime
 import functools
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from _results import FOLDER, write
 from torch import Tensor
 
 from moe_compile.ops import moe
@@ -202,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 512, 8192])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=FOLDER)
     args = parser.parse_args()
     torch.manual_seed(0)
     read, product = roofs()
@@ -214,22 +212,8 @@ def main() -> None:
             torch.cuda.empty_cache()
         for model in {"qwen3", "deepseek_v3"} & set(args.models):
             rows += bench_compiled_routing(model, [1, 64, 8192])
-    gpu, date = torch.cuda.get_device_name(), datetime.date.today().isoformat()
-    run = {
-        "gpu": gpu,
-        "date": date,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "read_roof_gb_per_s": round(read / 1e3),
-        "bf16_roof_tflop_per_s": round(product / 1e6),
-        "command": "python benchmarks/bench_ops.py " + " ".join(sys.argv[1:]),
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{gpu.split()[-1].lower()}_{date}_ops.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *run], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(r | run for r in rows)
+    roof = {"read_roof_gb_per_s": round(read / 1e3), "bf16_roof_tflop_per_s": round(product / 1e6)}
+    write(rows, "ops", args.out, **roof)
     for r in rows:
         print(
             f"{r['op']:12} {r['model']:12} {r['tokens']:5} {r['peer']:18} {r['us']:9.2f} us"

@@ -8,6 +8,7 @@ cuBLAS product) are measured in the same run. Writes benchmarks/results/<gpu>_<d
 import argparse
 import functools
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -173,6 +173,18 @@ def clamped_biased(logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     return experts(w / w.sum(-1, keepdim=True).clamp(min=1e-12), ids)
 
 
+def clamped_high(logits: Tensor) -> tuple[Tensor, ...]:
+    """Two of eight scores may add up to less than 0.3."""
+    w, ids = logits.float().softmax(-1).topk(K, dim=-1)
+    return experts(w / w.sum(-1, keepdim=True).clamp(min=0.3), ids)
+
+
+def late_sigmoid(logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """`route` has no bias where scores come after the choice."""
+    ids = (logits.float() + bias).topk(K).indices
+    return experts(logits.float().gather(1, ids).sigmoid(), ids)
+
+
 def divided_by_three(logits: Tensor) -> tuple[Tensor, ...]:
     w, ids = logits.float().softmax(-1).topk(K, dim=-1)
     return experts(w / 3, ids)
@@ -204,6 +216,8 @@ MATCHED = [
     (rounded_first, "softmax, top-2; renormalised outside"),
     (norm_over_tokens, "softmax, top-2"),
     (clamped_biased, "softmax + bias, top-2; renormalised outside"),
+    (clamped_high, "softmax, top-2; renormalised outside"),
+    (late_sigmoid, "scores + bias, top-2"),
     (divided_by_three, "softmax, top-2"),
     (scale_per_expert, "softmax, top-2, renormalised"),
 ]
@@ -462,6 +476,11 @@ def bias_per_token(logits: Tensor) -> tuple[Tensor, ...]:
     return experts(scores.gather(1, ids), ids)
 
 
+def other_scores(logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    ids = (logits.sigmoid() + bias).topk(K).indices
+    return experts(logits.softmax(-1).gather(1, ids), ids)
+
+
 def bias_before_softmax(logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     ids = (logits + bias).softmax(-1).topk(K).indices
     return experts(logits.softmax(-1).gather(1, ids), ids)
@@ -506,6 +525,7 @@ DECLINED = [
     (rounded_groups, "scores of groups are rounded to bfloat16"),
     (rounded_bias, "scores + bias are rounded to bfloat16"),
     (bias_per_token, "the bias is not one number for each expert"),
+    (other_scores, "the weights are not taken from the scores that choose"),
     (bias_before_softmax, "the weights are not taken from the scores that choose"),
     (double, "logits are float64"),
     (ids_modified, "ids do not come from a top-k, but from aten.where.self"),

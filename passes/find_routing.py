@@ -98,7 +98,9 @@ def find_routing(graph: fx.Graph) -> Outcome:
 
 
 def _check_ids(ids: fx.Node, source: fx.Node) -> fx.Node:
-    if is_call(source, aten.topk.default) and ids.args[1] == 1:
+    if is_call(source, aten.topk.default):
+        if ids.args[1] != 1:
+            raise Declined("ids are the values of a top-k")
         return source
     made_by = source.target if source.op == "call_function" else f"an input, {source.name}"
     raise Declined(f"ids do not come from a top-k, but from {made_by}")

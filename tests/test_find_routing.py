@@ -496,6 +496,11 @@ def ids_modified(logits: Tensor) -> tuple[Tensor, ...]:
     return experts(w, torch.where(ids < E // 2, ids, E))
 
 
+def ids_from_values(logits: Tensor) -> tuple[Tensor, ...]:
+    w, _ = logits.topk(K)
+    return experts(w, w.long())
+
+
 def ids_from_table(logits: Tensor, table: Tensor) -> tuple[Tensor, ...]:
     ids = table.long().expand(logits.shape[0], E)[:, :K]
     return experts(logits.softmax(-1).gather(1, ids), ids)
@@ -529,6 +534,7 @@ DECLINED = [
     (bias_before_softmax, "the weights are not taken from the scores that choose"),
     (double, "logits are float64"),
     (ids_modified, "ids do not come from a top-k, but from aten.where.self"),
+    (ids_from_values, "ids are the values of a top-k"),
     (ids_from_table, "ids do not come from a top-k, but from aten.slice.Tensor"),
     (uniform_weights, "no weights are made of the chosen scores"),
 ]

@@ -62,13 +62,17 @@ def route_reference(
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E.to(scores_TE.dtype)
     if num_groups > 1:
         choice_TE = _keep_groups(choice_TE, num_groups, top_groups, group_score)
-    ids_TK = choice_TE.topk(top_k, dim=-1).indices
-    weights_TK = scores_TE.gather(1, ids_TK)
+    weights_TK, ids_TK = choice_TE.topk(top_k, dim=-1)
+    if choice_TE is not scores_TE:
+        weights_TK = scores_TE.gather(1, ids_TK)
     if not score_first:
         weights_TK = _score(weights_TK, score)
     if renormalize:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + eps)
-    return (weights_TK * scale).to(dtype or weights_TK.dtype), ids_TK
+        total_T1 = weights_TK.sum(-1, keepdim=True)
+        weights_TK = weights_TK / (total_T1 + eps if eps else total_T1)
+    if scale != 1.0:
+        weights_TK = weights_TK * scale
+    return weights_TK.to(dtype or weights_TK.dtype), ids_TK
 
 
 def _score(x: Tensor, score: str) -> Tensor:

@@ -121,6 +121,10 @@ def _cpu(
     up_shift: float = 0.0,
 ) -> Tensor:
     _check(x_RG)
+    if (alpha, limit, up_shift) == (1.0, None, 0.0):
+        # Two vectorised kernels in x's own dtype: in bfloat16 a quarter of the time of casting.
+        gate_RF, up_RF = (x_RG[:, ::2], x_RG[:, 1::2]) if interleaved else x_RG.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate_RF).mul_(up_RF)
     return silu_mul_reference(x_RG.float(), interleaved, alpha, limit, up_shift).to(x_RG.dtype)
 
 

@@ -25,7 +25,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 import moe_compile
 
-BATCH, PROMPT, ROUNDS = 2, 16, 5
+BATCH, PROMPT, ROUNDS = 2, 16, 4
 PASSES = ("find_experts", "find_routing", "find_activation")
 
 
@@ -59,7 +59,7 @@ def run_model(name: str, device: str, dtype: torch.dtype, num_tokens: int) -> Re
         progress.step(f"one MoE layer: {key}")
         backend = "moe_compile" if key == "moe_compile" else "inductor"
         blocks[key], kernels[key] = compile_block(moe_blocks(model)[0], x, backend)
-    ms = interleaved_ms({k: (lambda b=b: b(x)) for k, b in blocks.items()}, rounds=50)
+    ms = interleaved_ms({k: (lambda b=b: b(x)) for k, b in blocks.items()}, rounds=30)
     baseline = min(choices, key=ms.__getitem__)
     tell(f"\n{name}: {num_layers} MoE layers, {count_parameters(original) / 1e6:.0f} M parameters")
     for key in models:
@@ -164,7 +164,7 @@ def main() -> int:
     )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--tokens", type=int, default=32, help="how many tokens to generate")
+    parser.add_argument("--tokens", type=int, default=24, help="how many tokens to generate")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)

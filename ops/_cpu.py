@@ -1,4 +1,4 @@
-"""The CPU impls of grouped_mm and combine: C++ that Inductor's compiler makes at first use.
+"""The CPU impls of sort_tokens, grouped_mm and combine: C++, compiled at first use.
 
 Inductor's own machinery gives the compiler, its flags, OpenMP and the cache on disk. Without a C++
 compiler grouped_mm is one torch.mm per expert that has rows.
@@ -26,13 +26,15 @@ _MOST_ROWS = {
     (torch.bfloat16, False): 48,
 }
 _ALL_ROWS = 2**62
-_BLOCK_G = 64  # of cpu_kernels.cpp
+_BLOCK_G = 64  # of cpu_vectors.cpp
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # The fields of the C structs. Packing and passing them: 0.7 us; a ctypes call of 20 arguments: 2.4.
 _GROUPED_MM = struct.Struct("6P14q")
 _COMBINE = struct.Struct("4P9q")
+_SORT_TOKENS = struct.Struct("4P3q")
 
+_SOURCES = ("cpu_vectors.cpp", "cpu_grouped_mm.cpp", "cpu_rows.cpp")
 _LOCK = threading.Lock()
 
 
@@ -124,6 +126,25 @@ def combine_cpu(
     return out_TH
 
 
+def sort_tokens_cpu(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`sort_tokens` of checked inputs, or None where there is no C++ compiler."""
+    library = _library()
+    if library is None:
+        return None
+    T, K = ids_TK.shape
+    R = T * K
+    ids = ids_TK.contiguous()
+    rows_R = ids.new_empty(R, dtype=torch.int32)
+    offsets_E = ids.new_empty(num_experts, dtype=torch.int32)
+    position_TK = ids.new_empty(T, K, dtype=torch.int32)
+    arguments = _SORT_TOKENS.pack(
+        *(rows_R.data_ptr(), offsets_E.data_ptr(), position_TK.data_ptr(), ids.data_ptr()),
+        *(ids.dtype == torch.int64, R, num_experts),
+    )
+    library.moe_sort_tokens(arguments)
+    return rows_R, offsets_E, position_TK
+
+
 def _library() -> ctypes.CDLL | None:
     """The kernels, or None (and one warning) where they cannot be compiled."""
     with _LOCK:
@@ -135,9 +156,9 @@ def _compile() -> ctypes.CDLL | None:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        source = Path(__file__).with_name("cpu_kernels.cpp").read_text()
+        source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
         library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
-        for function in (library.moe_grouped_mm, library.moe_combine):
+        for function in (library.moe_grouped_mm, library.moe_combine, library.moe_sort_tokens):
             function.argtypes = [ctypes.c_char_p]
             function.restype = ctypes.c_int
     except Exception as error:  # no compiler, one that fails, an API that moved: all mean "without"

@@ -46,16 +46,17 @@ def _on_its_device(impl: Impl) -> Impl:
 
 def _refuse_gradients(name: str, op: Any) -> Impl:
     """The op below autograd, or an error where autograd would silently record nothing."""
+    is_grad_enabled, below_autograd = torch.is_grad_enabled, torch._C._AutoDispatchBelowAutograd
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
+        if is_grad_enabled() and any(
             isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
         ):
             raise RuntimeError(
                 f"{name}: expected inputs without gradients (this op has no backward; "
                 "use torch.no_grad() or torch.inference_mode()), got requires_grad=True"
             )
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*args, **kwargs)
 
     return call

@@ -96,12 +96,9 @@ def _check(
     check_float(op, "weights", weights_TK)
     check_int32(op, "position", position_TK)
     check_float_dtype(op, dtype)
-    check(
-        weights_TK.shape == position_TK.shape,
-        op,
-        f"weights of position's shape {list(position_TK.shape)}",
-        list(weights_TK.shape),
-    )
+    if weights_TK.shape != position_TK.shape:
+        expected = f"weights of position's shape {list(position_TK.shape)}"
+        check(False, op, expected, weights_TK.shape)
     check_same_device(op, y=y_RH, position=position_TK, weights=weights_TK)
 
 

@@ -114,15 +114,18 @@ def _check(
     check_dims(op, "w", w_EHG, "[E, H, G]")
     check_dims(op, "offsets", offsets_E, "[E]")
     check_float(op, "x", x_NH)
-    check(w_EHG.dtype == x_NH.dtype, op, f"w in x's dtype {x_NH.dtype}", w_EHG.dtype)
+    if w_EHG.dtype != x_NH.dtype:
+        check(False, op, f"w in x's dtype {x_NH.dtype}", w_EHG.dtype)
     check_int32(op, "offsets", offsets_E)
     check_same_device(op, x=x_NH, w=w_EHG, offsets=offsets_E, rows=rows_R, bias=bias_EG)
     E, H, G = w_EHG.shape
-    check(x_NH.shape[1] == H, op, f"x [N, {H}] for w {list(w_EHG.shape)}", list(x_NH.shape))
-    check(offsets_E.shape[0] == E, op, f"offsets [{E}]", list(offsets_E.shape))
+    if (same := x_NH.shape[1] == H) is not True:
+        check(same, op, f"x [N, {H}] for w {list(w_EHG.shape)}", x_NH.shape)
+    if (same := offsets_E.shape[0] == E) is not True:
+        check(same, op, f"offsets [{E}]", offsets_E.shape)
     check(top_k >= 1, op, "top_k >= 1", top_k)
     if bias_EG is not None:
-        check(bias_EG.shape == (E, G), op, f"bias [{E}, {G}]", list(bias_EG.shape))
+        check(bias_EG.shape == (E, G), op, f"bias [{E}, {G}]", bias_EG.shape)
         check(bias_EG.dtype == x_NH.dtype, op, f"bias in x's dtype {x_NH.dtype}", bias_EG.dtype)
     if rows_R is not None:
         check_dims(op, "rows", rows_R, "[R]")

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compile.ops._check import check, check_dims
+from moe_compile.ops._cpu import sort_tokens_cpu
 from moe_compile.ops._library import define
 
 # One H200, 128 experts, 2026-11-22: 2048 rows take 4.8 us in one launch and 7.0 in three. 8192 and
@@ -171,7 +172,7 @@ def _fake(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _cpu(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     _check(ids_TK, num_experts)
-    return sort_tokens_reference(ids_TK, num_experts)
+    return sort_tokens_cpu(ids_TK, num_experts) or sort_tokens_reference(ids_TK, num_experts)
 
 
 sort_tokens = define(

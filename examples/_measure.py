@@ -101,7 +101,7 @@ def compile_block(block: nn.Module, x: Tensor, backend: str) -> tuple[Callable[.
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     _, code = run_and_get_code(compiled, x)
     if x.is_cuda:
-        return compiled, f"{_profiled_kernels(lambda: compiled(x))} kernels"
+        return compiled, f"{_profiled_kernels(lambda: compiled(x)) or 'unknown number of'} kernels"
     fused, calls = _generated_calls("\n".join(code))
     return compiled, f"{fused + calls} ({fused} fused, {calls} library calls)"
 

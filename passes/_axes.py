@@ -1,8 +1,8 @@
 """What runs along each dim of a view: the named axes of its source, however it was reshaped.
 
 A view is understood if each of its dims is a row-major product of whole axes. Then a permute moves
-axes, a reshape regroups them, and two values can be compared index by index. Axes of size 1 carry no
-index, so they are left out: a dim of size 1 is the empty product.
+axes, a reshape regroups them, and two values can be compared index by index. Axes of size 1 carry
+no index, so they are left out: a dim of size 1 is the empty product.
 """
 
 import math
@@ -29,7 +29,7 @@ PERMUTES = (aten.permute.default, aten.transpose.int)
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One index, told from others by identity; `repeated` if an expand made it, so all are equal."""
+    """One index, told from others by identity; `repeated` if an expand made it."""
 
     size: Any
     repeated: bool = False

@@ -82,7 +82,7 @@ def parse_combine(node: fx.Node, gemms: Gemms) -> Combine | None:
 
 
 def _parse_sum(node: fx.Node, gemms: Gemms) -> Combine | None:
-    """sum over dim 1 of [T, K, H], with weights and a way back to flat order above it in any order."""
+    """sum over dim 1 of [T, K, H], above it weights and a way back to flat order in any order."""
     terms, dims = args(node)[:2]
     if not has_val(terms) or val(terms).ndim != 3 or arg(node, 2, "keepdim", False):
         return None
@@ -193,8 +193,8 @@ def _factors(
 ) -> tuple[fx.Node | None, tuple[torch.dtype, ...]]:
     """The weights in flat order behind a column, one for each row, and how they were rounded.
 
-    Every step is a reshape, a cast, or the one gather by the order of the sort: it keeps all weights
-    and, that gather apart, their flat order.
+    Every step is a reshape, a cast, or the one gather by the order of the sort: it keeps all
+    weights and, that gather apart, their flat order.
     """
     roundings: list[torch.dtype] = []
     node, gathered = column, sort is None
@@ -262,7 +262,7 @@ def _parse_scatter(node: fx.Node, gemms: Gemms) -> Combine | None:
 
 
 def _parse_product(node: fx.Node, gemms: Gemms) -> Combine | None:
-    """y [T, K, H] and weights [T, K] multiplied and summed over K, by a `bmm` or what stands for one."""
+    """y [T, K, H] times weights [T, K] summed over K, by a `bmm` or what stands for one."""
     product = parse_product(node)
     if product is None or val(node).ndim < 2:
         return None

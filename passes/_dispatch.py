@@ -1,8 +1,8 @@
 """How a model turns tokens into rows for its experts, read off the graph.
 
-Two frames are known. In the *sorted* frame rows are grouped by expert: row r is pair `order[r]`, with
-`order` from a sort of the flat ids. In the *flat* frame row t * K + k is slot k of token t, and each
-row gathers its own copy of a weight.
+Two frames are known. In the *sorted* frame rows are grouped by expert: row r is pair `order[r]`,
+with `order` from a sort of the flat ids. In the *flat* frame row t * K + k is slot k of token t,
+and each row gathers its own copy of a weight.
 
 Letters: T tokens, K experts per token, R = T * K rows, E experts.
 """
@@ -110,12 +110,10 @@ class Dispatch:
 
     def _is_iota(self, node: Any) -> bool:
         node = exact(node)
-        if not is_call(node, prims.iota.default) or not same(args(node)[0], self.num_rows):
-            return False
-        return (node.kwargs.get("start", 0), node.kwargs.get("step", 1)) == (0, 1)
+        return _is_range(node, self.num_rows)
 
     def zeroes_unowned(self, node: Any, num_experts: int) -> bool:
-        """Is `node` where(ids >= E, 0, x), with the ids sorted and one of them for each row of x?"""
+        """Is `node` where(ids >= E, 0, x), with the sorted ids and one for each row of x?"""
         if self.sort is None or not is_call(node, aten.where.self):
             return False
         mask, zero, x = args(node)
@@ -184,7 +182,7 @@ class Dispatch:
         return whole and _is_range(exact(experts), num_experts) and self._is_ids(ids)
 
     def _scatters_distinct(self, hot: Any) -> bool:
-        """Is `hot` zeros [T, E] with ones at ids [T, K]? One of each pair counts: ids must differ."""
+        """Is `hot` zeros [T, E] with ones at ids [T, K]? Equal ids count once: they must differ."""
         if not is_call(hot, aten.scatter.value) or len(hot.args) != 4:
             return False
         base, dim, index, one = args(hot)
@@ -293,7 +291,7 @@ def in_range(ids: Any, num_experts: int) -> bool:
     ids = exact(ids)
     low, high = False, False
     while is_call(ids, *LOWER, *UPPER, aten.clamp.default):
-        # the outermost bound of each kind may be undone only by a crossed pair: 0 <= low <= high < E
+        # with every bound in [0, E), and one of each kind, the result is one or between two
         bounds = _bounds(ids)
         if any(b is not None and not 0 <= b < num_experts for b in bounds):
             return False
@@ -351,14 +349,16 @@ def reads_tokens(node: Any, dispatch: Dispatch) -> fx.Node | None:
         return None
     x, (token,) = args(rows)
     found = val(x).ndim == 2 and val(token).ndim == 1 and dispatch.is_token_of_row(token)
-    return x if found and same(val(x).shape[0], dispatch.num_tokens) else None
+    return x if found else None
 
 
-def _is_range(node: Any, size: int) -> bool:
+def _is_range(node: Any, size: Any) -> bool:
     """Is `node` 0, 1, ... size - 1?"""
-    if not is_call(node, prims.iota.default) or args(node)[0] != size:
+    if not is_call(node, prims.iota.default):
         return False
-    return (node.kwargs.get("start", 0), node.kwargs.get("step", 1)) == (0, 1)
+    length = args(node)[0]
+    length = length.meta["val"] if isinstance(length, fx.Node) else length
+    return same(length, size) and (node.kwargs["start"], node.kwargs["step"]) == (0, 1)
 
 
 def _is_output(node: Any, call: fx.Node | None, index: int) -> bool:

@@ -104,7 +104,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Placed:
-    """A GEMM whose rows are proved to be those of a frame, down to its result y [rows, G] + bias."""
+    """A GEMM whose rows are proved to be those of a frame, down to y [rows, G] + bias."""
 
     gemm: Gemm
     result: fx.Node
@@ -119,7 +119,7 @@ class Placed:
 
 
 def grouped_targets() -> tuple[Any, ...]:
-    """What computes a grouped GEMM: torch's op, and the fallback of transformers if it is loaded."""
+    """What computes a grouped GEMM: torch's op, and transformers' fallback if it is loaded."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     return (aten._grouped_mm.default, *([fallback.default] if fallback else []))
 
@@ -230,7 +230,7 @@ def _place_grouped(gemm: Gemm, dispatch: Dispatch) -> Place:
 
 
 def _place_batched(gemm: Gemm, dispatch: Dispatch, reads_rows: bool) -> Place:
-    """Rows in flat order: weights[t, k] = w[ids[t, k]] times x[t, k] or x[t], over the same index."""
+    """Rows in flat order: w[ids[t, k]] times x[t, k] or x[t], summed over the same index."""
     product = gemm.product
     assert product is not None
     if dispatch.sort is not None:
@@ -284,7 +284,7 @@ def _bias_table(node: Any, dispatch: Dispatch, total: fx.Node) -> fx.Node | None
 
 
 def gemms_above(node: fx.Node, gemms: dict[fx.Node, Gemm], through: bool = False) -> list[Gemm]:
-    """The nearest expert GEMMs among the ancestors of `node`, nearest first; with `through`, of those too."""
+    """The expert GEMMs above `node`, nearest first; with `through`, those above them too."""
     found, seen, todo = [], {node}, [node]
     while todo and len(seen) < 200:
         here = todo.pop(0)

@@ -1,4 +1,4 @@
-"""Values that have one row for each (token, expert) pair, and the proof that a region works row by row.
+"""Values with one row for each (token, expert) pair, and the proof that a region works row by row.
 
 A rewrite may put the rows of an expert layer in another order only if nothing between its GEMMs
 looks at more than one row at a time, and nobody outside sees the rows. `Region` proves the first;
@@ -125,7 +125,7 @@ class Region:
         raise Declined(f"{operand.name} varies with part of the row index only")
 
     def _reaches_leaf(self, operand: fx.Node) -> bool:
-        """With one row in all, shapes do not tell whether a value has it: does it come from a leaf?"""
+        """With one row in all, shapes do not tell what has it: does this come from a leaf?"""
         part = Region(self.num_rows, self.leaf, self.masks)
         try:
             part.walk(operand)
@@ -144,7 +144,7 @@ def check_private(members: Iterable[fx.Node], consumers: Iterable[fx.Node]) -> N
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    """Does each element of the output depend on the same element of each input, and on nothing else?"""
+    """Does each element of the output depend on that element of each input and nothing else?"""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     tags = node.target.tags

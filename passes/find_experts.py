@@ -27,6 +27,7 @@ from moe_compile.passes._graph import (
     prims,
     same,
     same_shape,
+    strip,
     unpack,
     val,
 )
@@ -60,25 +61,69 @@ def find_experts(graph: fx.Graph) -> Outcome:
     """Replace the GEMMs of experts, and what sorts and adds up their rows, by ops.
 
     Before:
-        BEFORE
+        arg0_1: i64[6, 2]
+        arg1_1: bf16[6, 16]
+        arg2_1: bf16[4, 32, 16]
+        arg3_1: bf16[4, 16, 32]
+        arg4_1: bf16[6, 2]
+        reshape: i64[12] = aten.reshape(arg0_1, [12])
+        sort = aten.sort.stable(reshape, stable=True)
+        getitem: i64[12] = sort[0]
+        getitem_1: i64[12] = sort[1]
+        unsqueeze: bf16[6, 1, 2] = aten.unsqueeze(arg4_1, 1)
+        full: bf16[12, 16] = aten.full([12, 16], 0, dtype=bf16)
+        div: i64[12] = aten.div.Tensor_mode(getitem_1, 2, rounding_mode='floor')
+        index: bf16[12, 16] = aten.index.Tensor(arg1_1, [div])
+        permute: bf16[4, 16, 32] = aten.permute(arg2_1, [0, 2, 1])
+        iota: i64[4] = prims.iota(4, start=0, step=1, dtype=i64)
+        searchsorted: i64[4] = aten.searchsorted.Tensor(getitem, iota, right=True)
+        convert_element_type: i32[4] = prims.convert_element_type(searchsorted, i32)
+        _grouped_mm: bf16[12, 32] = aten._grouped_mm(index, permute, convert_element_type)
+        relu: bf16[12, 32] = aten.relu(_grouped_mm)
+        pow: bf16[12, 32] = aten.pow.Tensor_Scalar(relu, 2)
+        permute_1: bf16[4, 32, 16] = aten.permute(arg3_1, [0, 2, 1])
+        _grouped_mm_1: bf16[12, 16] = aten._grouped_mm(pow, permute_1, convert_element_type)
+        index_put: bf16[12, 16] = aten.index_put(full, [getitem_1], _grouped_mm_1)
+        reshape_1: bf16[6, 2, 16] = aten.reshape(index_put, [6, 2, 16])
+        bmm: bf16[6, 1, 16] = aten.bmm(unsqueeze, reshape_1)
+        squeeze: bf16[6, 16] = aten.squeeze.dim(bmm, 1)
+        return [squeeze]
 
     After:
-        AFTER
+        arg0_1: i64[6, 2]
+        arg1_1: bf16[6, 16]
+        arg2_1: bf16[4, 32, 16]
+        arg3_1: bf16[4, 16, 32]
+        arg4_1: bf16[6, 2]
+        permute: bf16[4, 16, 32] = aten.permute(arg2_1, [0, 2, 1])
+        sort_tokens = moe_compile.sort_tokens(arg0_1, 4)
+        getitem: i32[12] = sort_tokens[0]
+        getitem_1: i32[4] = sort_tokens[1]
+        getitem_2: i32[6, 2] = sort_tokens[2]
+        grouped_mm: bf16[12, 32] = moe_compile.grouped_mm(arg1_1, permute, getitem_1, getitem, 2)
+        relu: bf16[12, 32] = aten.relu(grouped_mm)
+        pow: bf16[12, 32] = aten.pow.Tensor_Scalar(relu, 2)
+        permute_1: bf16[4, 32, 16] = aten.permute(arg3_1, [0, 2, 1])
+        grouped_mm_1: bf16[12, 16] = moe_compile.grouped_mm(pow, permute_1, getitem_1)
+        combine: bf16[6, 16] = moe_compile.combine(grouped_mm_1, getitem_2, arg4_1, dtype=bf16)
+        reshape: bf16[6, 1, 16] = aten.reshape(combine, [6, 1, 16])
+        squeeze: bf16[6, 16] = aten.squeeze.dim(reshape, 1)
+        return [squeeze]
 
-    The activation between the GEMMs stays as it is: it is proved to work row by row, which is all that
-    the new order of rows asks of it.
+    The activation between the GEMMs stays as it is: it is proved to work row by row, which is all
+    that the new order of rows asks of it.
 
-    Forms: rows sorted by expert and `_grouped_mm` (transformers' grouped_mm, torchtitan), or weights
-    gathered for each row and `bmm` (transformers' batched_mm, gpt-fast), also where Inductor made the
-    `bmm` a multiply and a sum; one GEMM for gate and up or two; weights [E, G, H] or [E, H, G]; with and
-    without biases; any activation.
-    Left alone: rows read by somebody else (saved for backward, say), functions that mix rows, offsets
-    that are not proved to be the counts of the ids. Each is reported; a `_grouped_mm` in there becomes
-    `grouped_mm` by itself, with the model's own order and sum (Megatron-Core).
+    Forms: rows sorted by expert and `_grouped_mm` (transformers' grouped_mm, torchtitan), or
+    weights gathered for each row and `bmm` (transformers' batched_mm, gpt-fast), also where Inductor made
+    that a multiply and a sum; one GEMM for gate and up or two; weights [E, G, H] or [E, H, G]; with
+    and without biases; any activation.
+    Left alone: rows read by somebody else (saved for backward, say), functions that mix rows,
+    offsets that are not proved to be the counts of the ids. Each is reported; a `_grouped_mm` in
+    there becomes `grouped_mm` by itself, with the model's own order and sum (Megatron-Core).
     Numerics: biases are added, and products with routing weights are summed, in float32 and rounded
     once. Everything between the GEMMs, and the rounding of their results, stays as written.
-    Ids: a sorted form takes ids >= E for no expert and is wrong, before and after, for ids below 0; a
-    gather counts ids below 0 from the end, which is kept.
+    Ids: rows of ids >= E, which a sorted form leaves undefined or masks, add nothing. A gather
+    counts ids below 0 from the end, and so does the result; a sorted form gives them no meaning.
     """
     outcome = Outcome()
     gemms = find_gemms(graph)
@@ -220,7 +265,7 @@ def _rewrite(graph: fx.Graph, experts: Experts) -> None:
 
 
 def _ids(graph: fx.Graph, experts: Experts, like: fx.Node) -> fx.Node:
-    """The ids as [T, K]. A gather takes a negative id from the end, where the ops take it for none."""
+    """The ids as [T, K]. A gather counts a negative id from the end; to the ops it is none."""
     dispatch, E = experts.dispatch, experts.num_experts
     ids = simplest_ids(dispatch.ids, E)
     shape = [dispatch.num_tokens, dispatch.top_k]
@@ -280,11 +325,12 @@ def _grouped_mm(
 
 def _shaped(graph: fx.Graph, node: fx.Node, shape: list[Any], like: fx.Node) -> fx.Node:
     """`node` in this shape; -1 stands for what is left."""
-    mine = val(node).shape
-    if len(mine) == len(shape) and all(
-        s == -1 or same(m, s) for m, s in zip(mine, shape, strict=True)
-    ):
-        return node
+    for view in (node, strip(node, aten.reshape.default)):
+        sizes = val(view).shape
+        if len(sizes) == len(shape) and all(
+            same(b, -1) or same(a, b) for a, b in zip(sizes, shape, strict=True)
+        ):
+            return view
     known = [size if isinstance(size, int) else -1 for size in shape]  # only T may be symbolic
     return call(graph, aten.reshape.default, node, known, like=like)
 
@@ -292,8 +338,8 @@ def _shaped(graph: fx.Graph, node: fx.Node, shape: list[Any], like: fx.Node) -> 
 def _rewrite_alone(graph: fx.Graph, gemm: Gemm) -> bool:
     """Make one grouped GEMM an op, with the gather of its rows if there is one.
 
-    y[r] = x[token[r]] @ w[e] for offsets[e - 1] <= r < offsets[e] holds for any order and offsets; the
-    rows past the last offset, which torch leaves undefined, become zeros.
+    y[r] = x[token[r]] @ w[e] for offsets[e - 1] <= r < offsets[e] holds for any order and offsets;
+    the rows past the last offset, which torch leaves undefined, become zeros.
     """
     node, x, rows, top_k = gemm.node, gemm.x, None, 1
     dtypes = {val(n).dtype for n in (x, gemm.weight, node)}

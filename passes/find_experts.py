@@ -114,9 +114,9 @@ def find_experts(graph: fx.Graph) -> Outcome:
     that the new order of rows asks of it.
 
     Forms: rows sorted by expert and `_grouped_mm` (transformers' grouped_mm, torchtitan), or
-    weights gathered for each row and `bmm` (transformers' batched_mm, gpt-fast), also where Inductor made
-    that a multiply and a sum; one GEMM for gate and up or two; weights [E, G, H] or [E, H, G]; with
-    and without biases; any activation.
+    weights gathered for each row and `bmm` (transformers' batched_mm, gpt-fast), also where that
+    became a multiply and a sum; one GEMM for gate and up or two; weights [E, G, H] or [E, H, G];
+    with and without biases; any activation.
     Left alone: rows read by somebody else (saved for backward, say), functions that mix rows,
     offsets that are not proved to be the counts of the ids. Each is reported; a `_grouped_mm` in
     there becomes `grouped_mm` by itself, with the model's own order and sum (Megatron-Core).

@@ -1,4 +1,4 @@
-"""The CPU impls of sort_tokens, grouped_mm and combine: C++, compiled at first use.
+"""The CPU impls of the stages: C++ (cpu_*.cpp), compiled at first use.
 
 Inductor's own machinery gives the compiler, its flags, OpenMP and the cache on disk. Without a C++
 compiler grouped_mm is one torch.mm per expert that has rows.
@@ -33,8 +33,10 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _GROUPED_MM = struct.Struct("6P14q")
 _COMBINE = struct.Struct("4P9q")
 _SORT_TOKENS = struct.Struct("4P3q")
+_EXPERTS = struct.Struct("8P21q3d")
+_ROUTE = struct.Struct("4P15q2d")
 
-_SOURCES = ("cpu_vectors.cpp", "cpu_grouped_mm.cpp", "cpu_rows.cpp")
+_STEMS = ("vectors", "grouped_mm", "rows", "experts", "route")  # later ones use earlier ones
 _LOCK = threading.Lock()
 
 
@@ -53,9 +55,9 @@ def grouped_mm_cpu(
     y_RG = x_NH.new_empty(R, G)
     if y_RG.numel() == 0:
         return y_RG
-    stride_e, stride_h, stride_g = w_EHG.stride()
+    strides = stride_e, stride_h, stride_g = w_EHG.stride()
     library = _library()
-    if library is None or not (stride_h == 1 or (stride_g == 1 and G >= _BLOCK_G)):
+    if library is None or not _streams(w_EHG, strides):
         end = _mm_experts(y_RG, x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG, 0)
         y_RG[end:] = 0
         return y_RG
@@ -145,6 +147,85 @@ def sort_tokens_cpu(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     return rows_R, offsets_E, position_TK
 
 
+def experts_cpu(
+    out_TO: Tensor,
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    w_up_EHG: Tensor,
+    w_down_EFO: Tensor,
+    bias_up_EG: Tensor | None = None,
+    bias_down_EO: Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> bool:
+    """`experts` of checked inputs into `out`; False, and nothing done, where stages must."""
+    library = _library()
+    up, down = w_up_EHG.stride(), w_down_EFO.stride()
+    if library is None or not (_streams(w_up_EHG, up) and _streams(w_down_EFO, down)):
+        return False
+    if out_TO.numel() == 0:
+        return True
+    x = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
+    ids, weights = ids_TK.contiguous(), weights_TK.contiguous()
+    bias_up = None if bias_up_EG is None else bias_up_EG.contiguous()
+    bias_down = None if bias_down_EO is None else bias_down_EO.contiguous()
+    arguments = _EXPERTS.pack(
+        *(out_TO.data_ptr(), x.data_ptr(), ids.data_ptr(), weights.data_ptr()),
+        *(w_up_EHG.data_ptr(), w_down_EFO.data_ptr()),
+        *(0 if bias is None else bias.data_ptr() for bias in (bias_up, bias_down)),
+        *(_DTYPES[x.dtype], _DTYPES[weights.dtype], _DTYPES[out_TO.dtype]),
+        *(ids.dtype == torch.int64, *ids.shape, *w_up_EHG.shape, *w_down_EFO.shape[1:]),
+        *(x.stride(0), *up, *down, interleaved, limit is not None, torch.get_num_threads()),
+        *(alpha, limit or 0.0, up_shift),
+    )
+    library.moe_experts(arguments)
+    return True
+
+
+def _streams(w_EHG: Tensor, strides: tuple[int, ...]) -> bool:
+    """Does the kernel read this layout in order?"""
+    return strides[1] == 1 or (strides[2] == 1 and w_EHG.shape[2] >= _BLOCK_G)
+
+
+def route_cpu(
+    logits_TE: Tensor,
+    top_k: int,
+    score: str = "softmax",
+    score_first: bool = True,
+    bias_E: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+    renormalize: bool = False,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """`route` of checked inputs, or None where there is no C++ compiler."""
+    library = _library()
+    if library is None:
+        return None
+    T, E = logits_TE.shape
+    weights_TK = logits_TE.new_empty(T, top_k, dtype=dtype or torch.float32)
+    ids_TK = logits_TE.new_empty(T, top_k, dtype=torch.int64)
+    logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
+    bias = None if bias_E is None else bias_E.contiguous()
+    arguments = _ROUTE.pack(
+        *(weights_TK.data_ptr(), ids_TK.data_ptr(), logits.data_ptr()),
+        *(0 if bias is None else bias.data_ptr(), _DTYPES[weights_TK.dtype]),
+        *(_DTYPES[logits.dtype], 0 if bias is None else _DTYPES[bias.dtype]),
+        *(T, E, top_k, logits.stride(0), score == "softmax", score == "sigmoid", score_first),
+        *(num_groups, top_groups, 1 if group_score == "max" else 2, renormalize),
+        *(torch.get_num_threads(), eps, scale),
+    )
+    library.moe_route(arguments)
+    return weights_TK, ids_TK
+
+
 def _library() -> ctypes.CDLL | None:
     """The kernels, or None (and one warning) where they cannot be compiled."""
     with _LOCK:
@@ -156,9 +237,11 @@ def _compile() -> ctypes.CDLL | None:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
+        files = [Path(__file__).with_name(f"cpu_{stem}.cpp") for stem in _STEMS]
+        source = "".join(path.read_text() for path in files)
         library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
-        for function in (library.moe_grouped_mm, library.moe_combine, library.moe_sort_tokens):
+        for stem in ("route", "sort_tokens", "grouped_mm", "combine", "experts"):
+            function = getattr(library, f"moe_{stem}")
             function.argtypes = [ctypes.c_char_p]
             function.restype = ctypes.c_int
     except Exception as error:  # no compiler, one that fails, an API that moved: all mean "without"

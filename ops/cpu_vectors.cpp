@@ -2,8 +2,10 @@
 // ops/_cpu.py compiles this file, then those of the kernels, as one.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>

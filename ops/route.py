@@ -35,6 +35,7 @@ from moe_compile.ops._check import (
     check_float_dtype,
     check_same_device,
 )
+from moe_compile.ops._cpu import route_cpu
 from moe_compile.ops._library import define
 from moe_compile.ops._route_kernel import route_kernel
 
@@ -203,7 +204,7 @@ def _fake(
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
     _fake(*args)
-    return route_reference(*args)
+    return route_cpu(*args) or route_reference(*args)
 
 
 route = define(

@@ -89,7 +89,8 @@ def test_exactness_bitwise_admits_no_reassociating_pass(layer, x):
 
 def test_disable(layer, x):
     report = explain(layer, x, options={"disable": ["find_activation"]})
-    assert report.counts == {"find_experts": 1, "find_routing": 1, "find_activation": 0}
+    counts = {"find_experts": 1, "find_routing": 1, "find_activation": 0}
+    assert counts.items() <= report.counts.items()
 
 
 @torch.no_grad()
@@ -100,7 +101,8 @@ def test_extra_passes_run_after_ours(layer, x):
         seen.append(sum("moe_compile" in str(n.target) for n in graph.nodes))
 
     torch.testing.assert_close(compiled(layer, extra_passes=[count_ours])(x), layer(x))
-    assert seen == [6]  # route, sort_tokens, grouped_mm, silu_mul, grouped_mm, combine
+    # route and experts; without choose_kernels route, sort_tokens, 2 grouped_mm, silu_mul, combine
+    assert seen == [2 if x.device.type == "cpu" else 6]
 
 
 def test_extra_pass_is_held_to_the_exactness_it_states(layer, x):

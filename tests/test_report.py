@@ -8,18 +8,19 @@ from moe_compile import explain
 
 def test_report_of_a_layer():
     report = explain(Layer(), torch.randn(T, H))
-    assert report.counts == {"find_experts": 1, "find_routing": 1, "find_activation": 1}
+    counts = {"find_experts": 1, "find_routing": 1, "find_activation": 1, "choose_kernels": 1}
+    assert counts.items() <= report.counts.items()
     (graph,) = report.graphs
     assert "aten.bmm" in graph.before
     assert "moe_compile" not in graph.before
     assert "aten.bmm" not in graph.after
-    assert "moe_compile.grouped_mm" in graph.after
+    assert "moe_compile.experts" in graph.after
     (event,) = graph.passes[0].outcome.rewrites
     assert event.source.startswith("test_backend.py:")
     assert f"{E} experts, top-2" in event.detail
     text = str(report)
     assert "find_experts: 1 rewritten, 0 declined" in text
-    assert "+combine" in text or "+ combine" in text or "moe_compile.combine" in text
+    assert "+experts" in text
 
 
 def test_graph_breaks_are_told():

@@ -1,0 +1,114 @@
+import pytest
+import torch
+
+from moe_compile.ops import moe
+from moe_compile.passes.choose_kernels import MOST_TOKENS, choose_kernels
+from moe_compile.testing import assert_documented, capture, render, run_passes
+
+E, H, F, K = 4, 16, 12, 2
+
+
+def layer(x, ids, weights, w1, w2, activate=moe.silu_mul, **more):
+    rows, offsets, position = moe.sort_tokens(ids, E)
+    g = moe.grouped_mm(x, w1, offsets, rows, K)
+    y = moe.grouped_mm(activate(g), w2, offsets)
+    return moe.combine(y, position, weights, **more)
+
+
+def inputs(tokens, dtype=torch.float32):
+    ids = torch.rand(tokens, E).topk(K).indices
+    w1, w2 = torch.randn(E, H, 2 * F).to(dtype), torch.randn(E, F, H).to(dtype)
+    return torch.randn(tokens, H).to(dtype), ids, torch.rand(tokens, K), w1, w2
+
+
+def run(gm, args):
+    """The graph on the inputs of the function it was captured from, whatever their order in it."""
+    by_kind = {(a.dtype, tuple(a.shape)): a for a in args}
+    holes = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    return gm(*(by_kind[v.dtype, tuple(v.shape)] for v in holes))[0]
+
+
+def test_docstring():
+    assert_documented(choose_kernels, capture(layer, *inputs(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, MOST_TOKENS])
+def test_same_values_and_twice_is_once(tokens, dtype):
+    args = inputs(tokens, dtype)
+    gm = capture(layer, *args)
+    before = run(gm, args)
+    (outcome,) = run_passes(gm, choose_kernels)
+    assert [e.detail for e in outcome.rewrites] == [f"experts: {tokens} tokens in one op"]
+    after = run(gm, args)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (after.float() - before.float()).abs().max() <= tolerance * before.abs().max()
+    assert run_passes(gm, choose_kernels)[0].rewrites == []
+
+
+def test_attributes_and_biases_go_along():
+    def gpt_oss(x, ids, weights, w1, w2, b1, b2):
+        rows, offsets, position = moe.sort_tokens(ids, E)
+        g = moe.grouped_mm(x, w1, offsets, rows, K, b1)
+        h = moe.silu_mul(g, True, 1.702, 7.0, 1.0)
+        y = moe.grouped_mm(h, w2, offsets, None, 1, b2)
+        return moe.combine(y, position, weights, dtype=torch.bfloat16)
+
+    args = (*inputs(3), torch.randn(E, 2 * F), torch.randn(E, H))
+    gm = capture(gpt_oss, *args)
+    before = run(gm, args)
+    assert len(run_passes(gm, choose_kernels)[0].rewrites) == 1
+    last = render(gm.graph).splitlines()[-2]
+    attributes = "interleaved=True, alpha=1.702, limit=7.0, up_shift=1.0, dtype=bf16"
+    assert attributes in last
+    torch.testing.assert_close(run(gm, args), before, rtol=2e-2, atol=2e-2)
+
+
+def test_many_tokens_or_unknown_many_are_not_looked_at():
+    unknown = capture(layer, *inputs(5), dynamic=True)
+    for gm in (capture(layer, *inputs(MOST_TOKENS + 1)), unknown):
+        before = render(gm.graph)
+        (outcome,) = run_passes(gm, choose_kernels)
+        assert (outcome.rewrites, outcome.declined) == ([], [])
+        assert render(gm.graph) == before
+
+
+def gelu(x, *args):
+    return layer(x, *args, activate=moe.gelu_mul)
+
+
+def other_sort(x, ids, weights, w1, w2):
+    rows, offsets, _ = moe.sort_tokens(ids, E)
+    _, _, position = moe.sort_tokens(ids.flip(0), E)
+    y = moe.grouped_mm(moe.silu_mul(moe.grouped_mm(x, w1, offsets, rows, K)), w2, offsets)
+    return moe.combine(y, position, weights)
+
+
+def read_again(x, ids, weights, w1, w2):
+    rows, offsets, position = moe.sort_tokens(ids, E)
+    h = moe.silu_mul(moe.grouped_mm(x, w1, offsets, rows, K))
+    return moe.combine(moe.grouped_mm(h, w2, offsets), position, weights), h
+
+
+def scaled(x, ids, weights, w1, w2):
+    rows, offsets, position = moe.sort_tokens(ids, E)
+    h = moe.silu_mul(moe.grouped_mm(x, w1, offsets, rows, K))
+    return moe.combine(moe.grouped_mm(h, w2, offsets) * 2, position, weights)
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (gelu, "the activation is not silu_mul, read here alone"),
+        (other_sort, "the GEMMs are not over the rows of one sort"),
+        (read_again, "the activation is not silu_mul, read here alone"),
+        (scaled, "the rows combined are not those of a GEMM alone"),
+    ],
+)
+def test_left_alone(fn, reason):
+    gm = capture(fn, *inputs(3))
+    before = render(gm.graph)
+    (outcome,) = run_passes(gm, choose_kernels)
+    assert outcome.rewrites == []
+    assert [e.detail for e in outcome.declined] == [reason]
+    assert render(gm.graph) == before

@@ -29,7 +29,9 @@ COMMON: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
+    "layer_types": ["full_attention"],
+    "layers_block_type": ["full_attention", "moe"],
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -45,8 +47,14 @@ COMMON: dict[str, Any] = {
     "n_group": 4,
     "topk_group": 2,
     "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "mlp_layer_types": ["dense", "sparse"],
+    "num_dense_layers": 0,
+    "mlp_only_layers": [],
+    "first_k_dense_replace": 0,
+    "mlp_layer_types": ["sparse"],
+    "attn_layer_offset": 0,
+    "attn_layer_period": 1,
+    "expert_layer_offset": 0,
+    "expert_layer_period": 1,
     "q_lora_rank": 32,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 16,
@@ -59,6 +67,7 @@ COMMON: dict[str, Any] = {
     "linear_head_dim": 16,
     "linear_num_heads": 4,
     "shared_expert_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
     "mamba_d_state": 16,
@@ -74,7 +83,6 @@ COMMON: dict[str, Any] = {
 MLA = {"num_key_value_heads": 4}  # latent attention has as many of the one as of the other
 GEMMA = {
     "top_k_experts": 2,
-    "layer_types": ["sliding_attention", "full_attention"],
     "global_head_dim": 16,
 }
 
@@ -101,12 +109,14 @@ KNOWN: dict[str, Family] = {
         left={"find_routing": 1},
         reason="router masks experts with 0.0 under a bias, where a kept score may be less",
     ),
-    "beam": Family(),
+    "bailing_hybrid": Family(MLA),
     "deepseek_v2": Family(MLA),
     "deepseek_v3": Family(MLA),
     "deepseek_v32": Family(MLA),
     "deepseek_v4": Family(
         {
+            "num_hidden_layers": 2,
+            "layer_types": ["compressed_sparse_attention", "sliding_attention"],
             "mlp_layer_types": ["hash_moe", "moe"],
             "num_key_value_heads": 1,
             "o_groups": 2,
@@ -118,10 +128,10 @@ KNOWN: dict[str, Family] = {
     ),
     "diffusion_gemma": Family(GEMMA),
     "dots3_note": Family(MLA),
+    "ernie4_5_moe": Family({"moe_layer_start_index": 0}),
     "ernie4_5_vl_moe": Family(
         {"moe_intermediate_size": [32, 32], "rope_parameters": mrope(3, 3, 2)}
     ),
-    "flint": Family({"mlp_only_layers": [0]}),
     "gemma4": Family(
         {
             **GEMMA,
@@ -138,7 +148,9 @@ KNOWN: dict[str, Family] = {
             "qk_rope_head_dim": 0,
             "head_dim": 0,
             "index_kpool": 4,
+            "num_hidden_layers": 2,
             "layer_types": ["linear_attention", "indexed_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
         }
     ),
     "glm_moe_dsa": Family(MLA),
@@ -147,20 +159,29 @@ KNOWN: dict[str, Family] = {
         reason="router weighs by the softmax of log-sigmoids of routed and shared experts",
     ),
     "inkling2": Family(
-        left={"find_activation": 2},
+        left={"find_activation": 1},
         reason="activation with soft caps, which Inductor fuses",
     ),
-    "lfm2_moe": Family({"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}),
+    "kimi_linear": Family(MLA),
     "mistral4": Family(MLA),
     "mistral_large4": Family(MLA),
     "openai_privacy_filter": Family(model="OpenAIPrivacyFilterForTokenClassification"),
     "phimoe": Family(
-        left={"find_routing": 2},
+        left={"find_routing": 1},
         reason="router takes one expert at a time, masking between (sparse mixer)",
     ),
+    "qwen4_exp": Family(
+        {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 4,
+        }
+    ),
     "zaya": Family(
-        {"num_experts_per_tok": 1, "router_hidden_size": 32},
-        left={"find_routing": 2},
+        {"num_experts_per_tok": 1, "router_hidden_size": 32, "layer_types": ["hybrid"]},
+        left={"find_routing": 1},
         reason="router has a class for no expert, whose ids it replaces",
     ),
 }

@@ -27,7 +27,10 @@ class Generator:
         self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + num_tokens)
         self.inputs: dict[str, Any] = {}  # of the newest decode step
         self.step_ms: list[float] = []  # the compiled forward alone
-        self.token_ms: list[float] = []  # all of generate
+        self.token_ms: list[
+            float
+        ] = []  # from one step to the next: what generate does around it, too
+        self._last: float | None = None  # when the step before began
         self._compiled = model.get_compiled_call
         model.get_compiled_call = self._timed  # type: ignore[method-assign]
         # A cache given by hand and a cache_implementation exclude each other.
@@ -40,6 +43,9 @@ class Generator:
             self.inputs = inputs
             sync()
             start = time.perf_counter()
+            if self._last is not None:
+                self.token_ms.append((start - self._last) * 1e3)
+            self._last = start
             outputs = forward(**inputs)
             sync()
             self.step_ms.append((time.perf_counter() - start) * 1e3)
@@ -50,8 +56,7 @@ class Generator:
     def __call__(self) -> tuple[Tensor, Tensor]:
         """The new tokens [B, N] and their logits [B, N, V]."""
         self.cache.reset()
-        sync()
-        start = time.perf_counter()
+        self._last = None
         result = self.model.generate(
             self.prompt,
             attention_mask=torch.ones_like(self.prompt),
@@ -61,8 +66,6 @@ class Generator:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        sync()
-        self.token_ms.append((time.perf_counter() - start) * 1e3 / self.num_tokens)
         return result.sequences[:, self.prompt.shape[1] :], torch.stack(result.logits, 1)
 
     def forget_times(self) -> None:

@@ -80,7 +80,9 @@ def tell_conditions(
 
 def tell_table(results: list[Result]) -> None:
     """Times in ms and kernels, Inductor's first."""
-    tell("\nms, Inductor -> moe_compile; a step is the compiled forward, a token all of generate")
+    tell(
+        "\nms, Inductor -> moe_compile; step: the compiled forward; token: with generate around it"
+    )
     heads = "decode step, median", "decode step, fastest", "token, median"
     tell(f"{'model':11} {'Inductor on':11}" + "".join(f"{head:>27}" for head in heads))
     for r in results:

@@ -145,8 +145,9 @@ def check_passes(model: PreTrainedModel, inputs: dict[str, Any], num_layers: int
         for event in p.outcome.rewrites:
             events[event.detail].append(re.sub(r".*layers\.(\d+).*", r"\1", event.layer))
         for detail, layers in events.items():
-            tell(f"    {p.name:16} layers {','.join(layers)}: {detail}")
-        failures += [f"{p.name} declined {e.layer}: {e.detail}" for e in p.outcome.declined]
+            tell(f"    {p.name:16} layers {','.join(dict.fromkeys(layers))}: {detail}")
+        if p.name in PASSES:
+            failures += [f"{p.name} declined {e.layer}: {e.detail}" for e in p.outcome.declined]
     for name in PASSES:
         if report.counts.get(name) != num_layers:
             failures.append(

@@ -5,8 +5,15 @@ if __name__ != "moe_compile.passes":
 
 from moe_compile.passes._outcome import Pass
 from moe_compile.passes.choose_kernels import choose_kernels
+from moe_compile.passes.choose_linear import choose_linear
 from moe_compile.passes.find_activation import find_activation
 from moe_compile.passes.find_experts import find_experts
 from moe_compile.passes.find_routing import find_routing
 
-PASSES: tuple[Pass, ...] = (find_experts, find_routing, find_activation, choose_kernels)
+PASSES: tuple[Pass, ...] = (
+    find_experts,
+    find_routing,
+    find_activation,
+    choose_kernels,
+    choose_linear,
+)

@@ -14,6 +14,8 @@ FOREIGN_WARNINGS = [
     "ignore::RuntimeWarning:triton.runtime.interpreter",
     # Inductor's import, in torch 2.13.
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    # Inductor's advice to give up float32 for TF32, once for each process on a GPU.
+    "ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning",
     # Triton 3.9 announces a default of 3.10 at the first compile for a GPU.
     "ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning",
 ]

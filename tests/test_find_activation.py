@@ -148,6 +148,8 @@ NEAR_MISSES = {
 
 @pytest.mark.parametrize("activation", NEAR_MISSES, ids=lambda f: f.__name__)
 def test_left_alone(activation):
+    if activation is rounded and torch.__version__ < "2.13":
+        pytest.skip("torch 2.11 drops a float32 -> bfloat16 -> float32 rounding before the passes")
     fn, inputs = experts(activation, NEAR_MISSES[activation])
     gm = capture(fn, *inputs())
     before = render(gm.graph)

@@ -172,15 +172,15 @@ return [combine]""",
 def test_graph_of_batched_with_bias_interleaved_transposed():
     options = {"bias": True, "interleaved": True, "transposed": True}
     assert_expected_inline(
-        rewritten(Batched(**options), *given()),
+        rewritten(Batched(**options).float(), *given(torch.float32)),
         """\
 arg0_1: i64[6, 2]
-arg1_1: bf16[6, 16]
-arg2_1: bf16[4, 16, 64]
-arg3_1: bf16[4, 64]
-arg4_1: bf16[4, 32, 16]
-arg5_1: bf16[4, 16]
-arg6_1: bf16[6, 2]
+arg1_1: f32[6, 16]
+arg2_1: f32[4, 16, 64]
+arg3_1: f32[4, 64]
+arg4_1: f32[4, 32, 16]
+arg5_1: f32[4, 16]
+arg6_1: f32[6, 2]
 lt: b8[6, 2] = aten.lt.Scalar(arg0_1, 0)
 add: i64[6, 2] = aten.add.Tensor(arg0_1, 4)
 where: i64[6, 2] = aten.where.self(lt, add, arg0_1)
@@ -188,26 +188,20 @@ sort_tokens = moe_compile.sort_tokens(where, 4)
 getitem: i32[12] = sort_tokens[0]
 getitem_1: i32[4] = sort_tokens[1]
 getitem_2: i32[6, 2] = sort_tokens[2]
-grouped_mm: bf16[12, 64] = moe_compile.grouped_mm(arg1_1, arg2_1, getitem_1, getitem, 2, arg3_1)
-slice: bf16[12, 32] = aten.slice.Tensor(grouped_mm, 1, 0, 9223372036854775807, 2)
-convert_element_type: f32[12, 32] = prims.convert_element_type(slice, f32)
-clamp_max: f32[12, 32] = aten.clamp_max(convert_element_type, 7.0)
-convert_element_type_1: bf16[12, 32] = prims.convert_element_type(clamp_max, bf16)
-convert_element_type_2: f32[12, 32] = prims.convert_element_type(convert_element_type_1, f32)
-neg: f32[12, 32] = aten.neg(convert_element_type_2)
+grouped_mm: f32[12, 64] = moe_compile.grouped_mm(arg1_1, arg2_1, getitem_1, getitem, 2, arg3_1)
+slice: f32[12, 32] = aten.slice.Tensor(grouped_mm, 1, 0, 9223372036854775807, 2)
+clamp_max: f32[12, 32] = aten.clamp_max(slice, 7.0)
+neg: f32[12, 32] = aten.neg(clamp_max)
 exp: f32[12, 32] = aten.exp(neg)
 add_1: f32[12, 32] = aten.add.Tensor(exp, 1)
-div: f32[12, 32] = aten.div.Tensor(convert_element_type_2, add_1)
-convert_element_type_3: bf16[12, 32] = prims.convert_element_type(div, bf16)
-slice_1: bf16[12, 32] = aten.slice.Tensor(grouped_mm, 1, 1, 9223372036854775807, 2)
-convert_element_type_4: f32[12, 32] = prims.convert_element_type(slice_1, f32)
-clamp_min: f32[12, 32] = aten.clamp_min(convert_element_type_4, -7.0)
+div: f32[12, 32] = aten.div.Tensor(clamp_max, add_1)
+slice_1: f32[12, 32] = aten.slice.Tensor(grouped_mm, 1, 1, 9223372036854775807, 2)
+clamp_min: f32[12, 32] = aten.clamp_min(slice_1, -7.0)
 clamp_max_1: f32[12, 32] = aten.clamp_max(clamp_min, 7.0)
-convert_element_type_5: bf16[12, 32] = prims.convert_element_type(clamp_max_1, bf16)
-add_2: bf16[12, 32] = aten.add.Tensor(convert_element_type_5, 1)
-mul: bf16[12, 32] = aten.mul.Tensor(convert_element_type_3, add_2)
-grouped_mm_1: bf16[12, 16] = moe_compile.grouped_mm(mul, arg4_1, getitem_1, None, 1, arg5_1)
-combine: bf16[6, 16] = moe_compile.combine(grouped_mm_1, getitem_2, arg6_1, dtype=bf16)
+add_2: f32[12, 32] = aten.add.Tensor(clamp_max_1, 1)
+mul: f32[12, 32] = aten.mul.Tensor(div, add_2)
+grouped_mm_1: f32[12, 16] = moe_compile.grouped_mm(mul, arg4_1, getitem_1, None, 1, arg5_1)
+combine: f32[6, 16] = moe_compile.combine(grouped_mm_1, getitem_2, arg6_1, dtype=f32)
 return [combine]""",
     )
 

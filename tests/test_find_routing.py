@@ -1,12 +1,14 @@
 """Routers of many spellings, each against its own unrewritten graph."""
 
 import importlib
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from packaging.version import parse
 from torch import Tensor, fx, nn
 
 from moe_compile.ops import moe
@@ -683,6 +685,10 @@ def capture_router(name: str) -> fx.GraphModule:
     pytest.importorskip("transformers")
     family, _, cls = name.partition(".")
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    if not hasattr(module, cls):
+        pytest.skip(f"this transformers has no {cls}")
+    if family.startswith("granitemoe") and parse(version("transformers")) < parse("5.20"):
+        pytest.skip("its routers return the ids first there, which this wrapper does not read")
     layer = {"layer_idx": 0} if family == "hunyuan_v1_moe" else {}
     router = getattr(module, cls)(SimpleNamespace(**CONFIG), **layer)
     inputs = [torch.randn(T, 64).bfloat16()]

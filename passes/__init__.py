@@ -4,6 +4,7 @@ if __name__ != "moe_compile.passes":
     raise ImportError(f"{__name__!r} is moe_compile.passes: import it by that name")
 
 from moe_compile.passes._outcome import Pass
+from moe_compile.passes.choose_attention import choose_attention
 from moe_compile.passes.choose_kernels import choose_kernels
 from moe_compile.passes.choose_linear import choose_linear
 from moe_compile.passes.find_activation import find_activation
@@ -16,4 +17,5 @@ PASSES: tuple[Pass, ...] = (
     find_activation,
     choose_kernels,
     choose_linear,
+    choose_attention,
 )

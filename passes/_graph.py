@@ -112,7 +112,7 @@ def constant(node: Any) -> Any:
 def call(
     graph: fx.Graph, target: Callable[..., Any], *arguments: Any, like: fx.Node, **kwargs: Any
 ) -> fx.Node:
-    """A new call at the graph's insertion point, with its fake value and `like`'s place in the model."""
+    """A new call where the graph inserts, with its fake value and `like`'s place in the model."""
     node = graph.call_function(target, arguments, kwargs)
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten"):
         if key in like.meta:
@@ -151,7 +151,7 @@ _SHORT = {
 
 
 def render(graph: fx.Graph, renumber: bool = True) -> str:
-    """The graph as text, one node a line; the notation of the passes' docstrings, tests and reports.
+    """The graph as text, a node a line: the notation of the passes' docstrings, tests and reports.
 
     Nodes are numbered anew by what they call, so that the text is equal on every torch version; or
     they keep their names, so that two states of one graph can be compared line by line.

@@ -35,7 +35,7 @@ class Outcome:
 
 
 class Declined(Exception):
-    """Raised inside a matcher where the thing looked at is proved not to be the thing looked for."""
+    """Raised inside a matcher where a thing looked at is not proved to be the thing looked for."""
 
 
 Pass = Callable[[fx.Graph], Outcome]
@@ -64,8 +64,9 @@ def layer_of(node: fx.Node) -> str:
 
 
 def source_of(node: fx.Node) -> str:
-    """The innermost line of the model's own code, as in "modeling_mixtral.py:87: y = self.gate(x)"."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.meta.get("stack_trace") or "")
+    """The innermost line of the model's own code: "modeling_mixtral.py:87: y = self.gate(x)"."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', trace)
     mine = [f for f in frames if "/torch/" not in f[0] and "/integrations/moe.py" not in f[0]]
     if not (mine or frames):
         return ""

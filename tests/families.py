@@ -99,7 +99,7 @@ class Family:
     overrides: dict[str, Any] = field(default_factory=dict)  # of COMMON
     model: str = ""  # the class, where no ending of ENDINGS finds it
     left: dict[str, int] = field(default_factory=dict)  # layers left alone, by pass
-    reason: str = ""  # why they are
+    reason: str = ""  # why they are, or what else is special
 
 
 KNOWN: dict[str, Family] = {
@@ -143,15 +143,8 @@ KNOWN: dict[str, Family] = {
     "glm4_moe_lite": Family(MLA),
     "glm4v_moe": Family({"rope_parameters": mrope(1, 1, 2)}),
     "glm5_next": Family(
-        {
-            **MLA,
-            "qk_rope_head_dim": 0,
-            "head_dim": 0,
-            "index_kpool": 4,
-            "num_hidden_layers": 2,
-            "layer_types": ["linear_attention", "indexed_attention"],
-            "mlp_layer_types": ["dense", "sparse"],
-        }
+        {**MLA, "qk_rope_head_dim": 0, "head_dim": 0, "layer_types": ["linear_attention"]},
+        reason="linear attention only: its indexed attention breaks the graph under any backend",
     ),
     "glm_moe_dsa": Family(MLA),
     "inkling": Family(

@@ -19,6 +19,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 import warnings
 from collections import Counter
@@ -115,14 +116,17 @@ def run_worker(args: argparse.Namespace, name: str, form: str, steps: list[str])
         path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--worker", "--families", name, "--form", form]
     command += ["--cache", str(args.cache), "--steps", *steps]
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-    try:
-        done = subprocess.run(
-            command, timeout=args.timeout, env=environment, capture_output=True, text=True
-        )
-        end = f"exit {done.returncode}: {done.stderr.strip()[-300:]}"
-    except subprocess.TimeoutExpired:
-        end = f"more than {args.timeout} s"
+    # Inductor's cache of its own, too: a worker that is killed may leave half a library in it.
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"TRANSFORMERS_VERBOSITY": "error", "TORCHINDUCTOR_CACHE_DIR": folder}
+        environment = {**os.environ, **own}
+        try:
+            done = subprocess.run(
+                command, timeout=args.timeout, env=environment, capture_output=True, text=True
+            )
+            end = f"exit {done.returncode}: {done.stderr.strip()[-300:]}"
+        except subprocess.TimeoutExpired:
+            end = f"more than {args.timeout} s"
     result = load(args.cache, name, form)
     if "error" not in result and set(steps) - set(result.get("done", [])):
         save(args.cache, name, form, {**result, "state": state(name), "error": end})
@@ -255,17 +259,11 @@ families.
 
 def document(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """docs/families.md."""
-    versions = state("")
     good = [n for n, r in results.items() if all(is_good(r[f]) for f in small.FORMS)]
     older = sorted(
-        {
-            n
-            for n, r in results.items()
-            for f in r.values()
-            if f.get("state") not in (None, versions)
-        }
+        {n for n, r in results.items() for f in r.values() if f and f["state"] != state(n)}
     )
-    head = HEAD.format(date=datetime.date.today(), good=len(good), all=len(results), **versions)
+    head = HEAD.format(date=datetime.date.today(), good=len(good), all=len(results), **state(""))
     lines = [head]
     lines += [row(name, results[name]) for name in sorted(results)]
     if older:

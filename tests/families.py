@@ -215,12 +215,13 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
 
 def as_loaded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """In `dtype`, but for what `from_pretrained` leaves in float32."""
-    strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     saved = model.state_dict()
     kept = {
         name: tensor.clone()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if dtype != torch.float64 and (name not in saved or strict & set(name.split(".")))
+        if dtype != torch.float64
+        and (name not in saved or any(f".{part}." in f".{name}." for part in strict))
     }
     model.to(dtype)
     for name, tensor in kept.items():

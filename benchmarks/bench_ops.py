@@ -78,13 +78,12 @@ def roofs() -> tuple[float, float]:
     return x.nbytes / microseconds(read), 2 * 8192**3 / microseconds([lambda: a @ a.t()] * 4)
 
 
-def weights(layer: Layer) -> tuple[Tensor, Tensor]:
+def weights(layer: Layer, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """[E, H, 2F] and [E, F, H], in the layout of the model's checkpoint."""
     H, F, E = layer.H, layer.F, layer.E
     shapes = ((2 * F, H), (H, F)) if layer.h_contiguous else ((H, 2 * F), (F, H))
     one, two = (
-        torch.empty(E, *s, device="cuda", dtype=torch.bfloat16).uniform_(-0.05, 0.05)
-        for s in shapes
+        torch.empty(E, *s, device="cuda", dtype=dtype).uniform_(-0.05, 0.05) for s in shapes
     )
     return (one.mT, two.mT) if layer.h_contiguous else (one, two)
 

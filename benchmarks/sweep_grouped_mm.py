@@ -16,6 +16,22 @@ from moe_compile.ops import moe
 from moe_compile.ops._grouped_mm_kernel import Blocks
 from moe_compile.ops.grouped_mm import grouped_mm_triton
 
+# One row in a tile, without tensor cores.
+ONE = {
+    True: [
+        *(Blocks(1, n, 256, 1, w, s) for n, w in [(8, 2), (16, 2), (16, 4)] for s in (1, 3)),
+        *(
+            Blocks(1, n, 512, 1, w, s)
+            for n, w in [(4, 2), (8, 4), (16, 4), (16, 8)]
+            for s in (1, 3)
+        ),
+        *(Blocks(1, n, 1024, 1, w, s) for n, w in [(4, 4), (8, 4), (8, 8)] for s in (1, 2)),
+    ],
+    False: [
+        *(Blocks(1, 64, k, 1, w, s) for k, w in [(32, 2), (64, 4), (128, 4)] for s in (1, 3)),
+        *(Blocks(1, 128, k, 1, w, s) for k, w in [(32, 4), (64, 8)] for s in (1, 3)),
+    ],
+}
 FEW = {
     True: [
         *(Blocks(16, 32, k, 1, w, s) for k, w, s in [(64, 2, 4), (64, 2, 6), (64, 2, 8)]),
@@ -48,15 +64,16 @@ MANY = [
 def candidates(layer: Layer, T: int) -> list[Blocks]:
     rows_per_expert = T * layer.K / layer.E
     if rows_per_expert <= 16:
-        return FEW[layer.h_contiguous] if T <= 16 else FEW[layer.h_contiguous] + SOME[2:4]
+        few = ONE[layer.h_contiguous] + FEW[layer.h_contiguous]
+        return few if T <= 16 else few + SOME[2:4]
     return SOME if rows_per_expert <= 128 else MANY
 
 
-def compile_one(job: tuple[int, bool, Blocks]) -> None:
+def compile_one(job: tuple[int, bool, Blocks, torch.dtype]) -> None:
     """Fill Triton's cache on disk from another process: one tiny product with the same kernel."""
-    E, h_contiguous, blocks = job
-    x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
-    w = torch.randn(E, 64, 2048, device="cuda", dtype=torch.bfloat16).mT
+    E, h_contiguous, blocks, dtype = job
+    x = torch.randn(64, 2048, device="cuda", dtype=dtype)
+    w = torch.randn(E, 64, 2048, device="cuda", dtype=dtype).mT
     w = w if h_contiguous else w.contiguous()
     offsets = torch.full((E,), 64, device="cuda", dtype=torch.int32)
     rows = torch.arange(64, device="cuda", dtype=torch.int32)
@@ -71,29 +88,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 1024, 8192])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
     layers = {m: LAYERS[m] for m in args.models}
     jobs = {
-        (a.E, a.h_contiguous, b)
+        (a.E, a.h_contiguous, b, dtype)
         for a in layers.values()
         for T in args.tokens
         for b in candidates(a, T)
     }
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
-        pool.map(compile_one, sorted(jobs), chunksize=1)
+        pool.map(compile_one, sorted(jobs, key=str), chunksize=1)
     read, product = roofs()
     print(f"roofs: {read / 1e3:.0f} GB/s read, {product / 1e6:.0f} TFLOP/s bfloat16")
     with torch.inference_mode():
         for model, layer in layers.items():
-            sweep(model, layer, args.tokens)
+            sweep(model, layer, args.tokens, dtype)
 
 
-def sweep(model: str, layer: Layer, tokens: list[int]) -> None:
-    w1, w2 = weights(layer)
+def sweep(model: str, layer: Layer, tokens: list[int], dtype: torch.dtype) -> None:
+    w1, w2 = weights(layer, dtype)
     for T in tokens:
         count = 16 if T <= 64 else 2
-        x = torch.randn(T, layer.H, device="cuda", dtype=torch.bfloat16)
-        a = torch.randn(T * layer.K, layer.F, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(T, layer.H, device="cuda", dtype=dtype)
+        a = torch.randn(T * layer.K, layer.F, device="cuda", dtype=dtype)
         sorts, touched = [], 0
         for logits in routings(layer, T, count):
             ids = moe.route(logits, layer.K, *layer.route)[1]

@@ -90,6 +90,77 @@ def _find_tile(  # type: ignore[no-untyped-def]
     return expert, first_row, end
 
 
+@triton.jit
+def _one_row(  # type: ignore[no-untyped-def]
+    x_ptrs,
+    w_ptrs,
+    w_mask,
+    H,
+    w_step,
+    EVEN_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """[H] times [H, BLOCK_N] without tensor cores, which would multiply 15 rows of nothing.
+
+    A sum for every element of a block, added up at the end: more exact than one long sum.
+    """
+    k = tl.arange(0, BLOCK_K)[:, None]
+    sums = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+        if EVEN_H:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=k < H - start, other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask & (k < H - start), other=0.0)
+        sums += x.to(tl.float32) * w.to(tl.float32)
+        x_ptrs += BLOCK_K
+        w_ptrs += w_step
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _many_rows(  # type: ignore[no-untyped-def]
+    x_ptrs,
+    x_mask,
+    w_ptrs,
+    w_mask,
+    H,
+    w_step,
+    EVEN_H: tl.constexpr,
+    UPCAST: tl.constexpr,
+    COMPENSATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_M, H] times [H, BLOCK_N], added up in float32."""
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    lost = tl.zeros([BLOCK_M, BLOCK_N] if COMPENSATE else [1, 1], tl.float32)
+    for start in range(0, H, BLOCK_K):
+        if EVEN_H:
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=x_mask & (k < H - start)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask & (k < H - start)[:, None], other=0.0)
+        if UPCAST:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        if COMPENSATE:  # Kahan: one long float32 sum would err more than cuBLAS's split ones
+            part = tl.dot(x, w, input_precision="ieee") - lost
+            total = acc + part
+            lost = (total - acc) - part
+            acc = total
+        else:
+            acc = tl.dot(x, w, acc)
+        x_ptrs += BLOCK_K
+        w_ptrs += w_step
+    return acc
+
+
 # Arguments that change with the number of tokens are not specialised on: it would compile again.
 @triton.jit(do_not_specialize=["R", "num_tiles"])
 def grouped_mm_kernel(  # type: ignore[no-untyped-def]
@@ -119,6 +190,7 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # GROUP neighbouring tiles go over all columns together: tiles of one expert share its weight in
     # L2, and each column block finds the rows of the group there.
@@ -143,32 +215,21 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     if HAS_ROWS:
         source = tl.load(rows_ptr + rows, mask=rows < end, other=0) // top_k
     k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xn + k[None, :]
     w_ptrs = w_ptr + expert.to(tl.int64) * stride_we
     w_ptrs += k.to(tl.int64)[:, None] * stride_wh + cols.to(tl.int64)[None, :] * stride_wg
-    x_mask = (rows < end)[:, None]
     w_mask = (cols < G)[None, :]
-    lost = tl.zeros([BLOCK_M, BLOCK_N] if COMPENSATE else [1, 1], tl.float32)
-    step = tl.full([], BLOCK_K, tl.int64) * stride_wh
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, H, BLOCK_K):
-        if EVEN_H:
-            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
-        else:
-            x = tl.load(x_ptrs, mask=x_mask & (k < H - start)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=w_mask & (k < H - start)[:, None], other=0.0)
-        if UPCAST:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        if COMPENSATE:  # Kahan: one long float32 sum would err more than cuBLAS's split ones
-            part = tl.dot(x, w, input_precision="ieee") - lost
-            total = acc + part
-            lost = (total - acc) - part
-            acc = total
-        else:
-            acc = tl.dot(x, w, acc)
-        x_ptrs += BLOCK_K
-        w_ptrs += step
+    w_step = tl.full([], BLOCK_K, tl.int64) * stride_wh
+    if BLOCK_M == 1:
+        x_ptrs = x_ptr + tl.max(source, 0).to(tl.int64) * stride_xn + k[:, None]
+        acc = _one_row(x_ptrs, w_ptrs, w_mask, H, w_step, EVEN_H, BLOCK_N, BLOCK_K, STAGES)
+        acc = acc[None, :]
+    else:
+        x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xn + k[None, :]
+        x_mask = (rows < end)[:, None]
+        acc = _many_rows(
+            x_ptrs, x_mask, w_ptrs, w_mask, H, w_step,
+            EVEN_H, UPCAST, COMPENSATE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * G + cols, mask=cols < G, other=0.0)
         acc += bias.to(tl.float32)[None, :]

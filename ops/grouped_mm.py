@@ -69,7 +69,7 @@ def grouped_mm_triton(
     blocks = blocks or choose_blocks(R, E, H, x_NH.dtype, w_EHG.stride(1) == 1)
     # E experts and the rows of none are E + 1 groups; each group that is not empty adds at most one
     # tile that is not full.
-    num_tiles = R // blocks.m + min(R, E + 1)
+    num_tiles = R // blocks.m + (min(R, E + 1) if blocks.m > 1 else 0)
     grouped_mm_kernel[(num_tiles * triton.cdiv(G, blocks.n),)](
         x_NH,
         w_EHG,
@@ -95,6 +95,7 @@ def grouped_mm_triton(
         BLOCK_K=blocks.k,
         BLOCK_E=triton.next_power_of_2(E),
         GROUP=blocks.group,
+        STAGES=blocks.stages,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )

@@ -22,8 +22,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def choose_blocks(R: int, E: int, H: int, dtype: torch.dtype, h_contiguous: bool) -> Blocks:
-    """Blocks for R rows of H features over E experts, from what the host knows without waiting.
+def choose_blocks(R: int, E: int, dtype: torch.dtype, h_contiguous: bool) -> Blocks:
+    """Blocks for R rows over E experts, from what the host knows without waiting.
 
     The numbers are microseconds on one H200 (torch 2.11, Triton 3.6, 2026-11-22, bfloat16) by
     benchmarks/sweep_grouped_mm.py: gate+up, then down. Roofs then: 4.64 TB/s, 723 TFLOP/s.
@@ -31,25 +31,21 @@ def choose_blocks(R: int, E: int, H: int, dtype: torch.dtype, h_contiguous: bool
     # Twice the mean rows of an expert: a tile too low reads a whole weight again. Mixtral, T = 64,
     # a mean of 16: 431 with m = 32, 592 with m = 16.
     m = min(128, max(16, triton.next_power_of_2(triton.cdiv(2 * R, E))))
+    if h_contiguous and (4 * R <= E or (dtype == torch.float32 and m == 16)):
+        # One row: Qwen3-30B-A3B, T = 1, 15.4 and 9.4 (72 and 59 % of the roof), T = 4, 46.1 and
+        # 26.8; Mixtral, T = 1, 111 and 56.0 (93 and 92 %); DeepSeek-V3, T = 1, 109 and 56.4 (94 and
+        # 91 %). Rows that share an expert read it again from L2: Mixtral, T = 4, 419 and 175, not
+        # 288 and 149. In float32 the tensor cores don't help: there 827 and 364, not 2965 and 1718.
+        return Blocks(1, 16, 256, 1, 2, 3)
     if dtype == torch.float32:  # true float32 runs on the CUDA cores
         return Blocks(min(m, 64), 64, 32, 8, 8 if m >= 64 else 4, 3)
     if m <= 32 and not h_contiguous:
         # gpt-oss-120b: T = 1, 34.8 and 19.2 (82 and 74 % of the roof); T = 16, 370 and 190 (98 and
         # 96 %). n = 128, k = 64 is 33.3 and 20.9 at T = 1, and no faster at T = 16.
         return Blocks(m, 64, 128, 1 if m == 16 else 4, 4, 4)
-    if R <= 8 and H > 4096:
-        # One token: DeepSeek-V3's first 108 (94 % of the roof), Mixtral's second 57 (88 %). The
-        # blocks of m <= 32 below take 108 and 67, those of the next line 113 and 58.
-        return Blocks(16, 64, 256, 1, 4, 3)
-    if R <= 8:
-        # Few programs, so small ones: Qwen3-30B-A3B 15.7 and 9.7 (69 and 56 %), Mixtral's first 111
-        # (91 %), DeepSeek-V3's second 58 (87 %); the next line's 16.5, 9.5, 114 and 57. Nothing
-        # tried took less than 15.3 and 9.2 on Qwen3.
-        return Blocks(16, 32, 64, 1, 2, 8)
     if m <= 32:
         # T = 16: Mixtral 414 and 219 (96 and 91 %), Qwen3 121 and 63 (94 and 90 %), DeepSeek-V3
-        # 1314 and 656 (99 %). T = 4: Qwen3 51.7 and 25.7. With 4 stages there 47.3 and 26.1, but
-        # at T = 16 Mixtral's second takes 238.
+        # 1314 and 656 (99 %). With 4 stages Mixtral's second takes 238.
         return Blocks(m, 64, 128, 1 if m == 16 else 4, 4, 3 if m == 16 else 4)
     if m == 64:
         # DeepSeek-V3, T = 1024: 3502 and 1803 (93 and 90 %); n = 256 with 8 warps 3511 and 1816.

@@ -66,7 +66,7 @@ def grouped_mm_triton(
     if y_RG.numel() == 0:
         return y_RG
     x_NH = x_NH if x_NH.stride(1) == 1 else x_NH.contiguous()
-    blocks = blocks or choose_blocks(R, E, H, x_NH.dtype, w_EHG.stride(1) == 1)
+    blocks = blocks or choose_blocks(R, E, x_NH.dtype, w_EHG.stride(1) == 1)
     # E experts and the rows of none are E + 1 groups; each group that is not empty adds at most one
     # tile that is not full.
     num_tiles = R // blocks.m + (min(R, E + 1) if blocks.m > 1 else 0)

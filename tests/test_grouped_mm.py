@@ -2,6 +2,7 @@ import pytest
 import torch
 from helpers import FLOATS, assert_close
 
+from moe_compile.ops._grouped_mm_kernel import Blocks
 from moe_compile.ops.grouped_mm import grouped_mm, grouped_mm_reference, grouped_mm_triton
 from moe_compile.ops.sort_tokens import sort_tokens_reference
 
@@ -34,6 +35,25 @@ def inputs(sizes, num_unowned, H, G, device, dtype=torch.float32):
 def test_matches_reference(fn, case, dtype, device):
     x, w, offsets = inputs(*CASES[case], device, dtype)
     assert_close(fn(x, w, offsets), grouped_mm_reference, x, w, offsets)
+
+
+BLOCKS = [
+    Blocks(1, 16, 32, 1, 2, 3),
+    Blocks(16, 32, 32, 1, 2, 2),
+    Blocks(16, 16, 64, 4, 4, 3),
+    Blocks(32, 16, 32, 8, 4, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda blocks: "x".join(map(str, blocks)))
+@pytest.mark.parametrize("case", ["some", "one expert takes all", "rows of none", "one column"])
+def test_any_blocks_give_the_same(case, blocks, dtype, device):
+    x, w, offsets = inputs(*CASES[case], device, dtype)
+    rows = torch.randperm(x.shape[0], device=device).int()
+    bias = torch.randn(w.shape[0], w.shape[2], device=device).to(dtype)
+    y = grouped_mm_triton(x, w, offsets, rows, 1, bias, blocks)
+    assert_close(y, grouped_mm_reference, x, w, offsets, rows, 1, bias)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -260,15 +260,28 @@ families.
 def document(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """docs/families.md."""
     good = [n for n, r in results.items() if all(is_good(r[f]) for f in small.FORMS)]
-    older = sorted(
-        {n for n, r in results.items() for f in r.values() if f and f["state"] != state(n)}
+    versions = {n: {versions_of(f) for f in r.values() if f} for n, r in results.items()}
+    most = Counter(v for vs in versions.values() for v in vs).most_common(1)[0][0]
+    other = [n for n, vs in sorted(versions.items()) if vs - {most}]
+    torch_, transformers_, sources = most
+    head = HEAD.format(
+        date=datetime.date.today(),
+        good=len(good),
+        all=len(results),
+        torch=torch_,
+        transformers=transformers_,
+        sources=sources,
     )
-    head = HEAD.format(date=datetime.date.today(), good=len(good), all=len(results), **state(""))
     lines = [head]
     lines += [row(name, results[name]) for name in sorted(results)]
-    if older:
-        lines += ["", f"Rows from older sources than the rest: {', '.join(older)}."]
+    if other:
+        lines += ["", f"Rows of other sources or versions than the rest: {', '.join(other)}."]
     return "\n".join([*lines, ""])
+
+
+def versions_of(result: dict[str, Any]) -> tuple[str, str, str]:
+    state = result["state"]
+    return state["torch"], state["transformers"], state["sources"]
 
 
 def row(name: str, forms: dict[str, dict[str, Any]]) -> str:
@@ -324,6 +337,9 @@ def remarks(name: str, forms: dict[str, dict[str, Any]]) -> list[str]:
     texts = [known.reason] if known.reason else []
     for form, result in forms.items():
         word = SHORT[form]
+        declined = result.get("declined", {})
+        only = set(declined.get("bfloat16", ())) - set(declined.get("float32", ()))
+        texts += [f"bf16: {reason}" for reason in sorted(only) if reason.startswith("find_")]
         if not result:
             texts.append(f"{word}: not run")
         if result.get("breaks"):

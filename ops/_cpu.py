@@ -8,7 +8,6 @@ import ctypes
 import functools
 import logging
 import struct
-import threading
 from pathlib import Path
 
 import torch
@@ -36,8 +35,14 @@ _SORT_TOKENS = struct.Struct("4P3q")
 _EXPERTS = struct.Struct("8P21q3d")
 _ROUTE = struct.Struct("4P15q2d")
 
-_STEMS = ("vectors", "grouped_mm", "rows", "experts", "route")  # later ones use earlier ones
-_LOCK = threading.Lock()
+_STEMS = (
+    "vectors",
+    "grouped_mm",
+    "rows",
+    "experts",
+    "route",
+    "dispatch",
+)  # later ones use earlier ones
 
 
 def grouped_mm_cpu(
@@ -192,6 +197,8 @@ def _streams(w_EHG: Tensor, strides: tuple[int, ...]) -> bool:
 
 
 def route_cpu(
+    weights_TK: Tensor,
+    ids_TK: Tensor,
     logits_TE: Tensor,
     top_k: int,
     score: str = "softmax",
@@ -204,14 +211,12 @@ def route_cpu(
     eps: float = 0.0,
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """`route` of checked inputs, or None where there is no C++ compiler."""
+) -> bool:
+    """`route` of checked inputs into `weights` and `ids`; False where there is no C++ compiler."""
     library = _library()
     if library is None:
-        return None
+        return False
     T, E = logits_TE.shape
-    weights_TK = logits_TE.new_empty(T, top_k, dtype=dtype or torch.float32)
-    ids_TK = logits_TE.new_empty(T, top_k, dtype=torch.int64)
     logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     bias = None if bias_E is None else bias_E.contiguous()
     arguments = _ROUTE.pack(
@@ -223,17 +228,12 @@ def route_cpu(
         *(torch.get_num_threads(), eps, scale),
     )
     library.moe_route(arguments)
-    return weights_TK, ids_TK
-
-
-def _library() -> ctypes.CDLL | None:
-    """The kernels, or None (and one warning) where they cannot be compiled."""
-    with _LOCK:
-        return _compile()
+    return True
 
 
 @functools.cache
-def _compile() -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | None:
+    """The kernels, or None (and one warning) where they cannot be compiled."""
     try:
         from torch._inductor.codecache import CppCodeCache
 
@@ -244,6 +244,7 @@ def _compile() -> ctypes.CDLL | None:
             function = getattr(library, f"moe_{stem}")
             function.argtypes = [ctypes.c_char_p]
             function.restype = ctypes.c_int
+        library.moe_register()
     except Exception as error:  # no compiler, one that fails, an API that moved: all mean "without"
         reason = str(error).strip().partition("\n")[0]
         logging.getLogger("moe_compile").warning(

@@ -19,16 +19,22 @@ _LIBRARY = torch.library.Library("moe_compile", "DEF")  # the ops live as long a
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
-def define(schema: str, *, cpu: Impl, cuda: Impl, fake: Impl) -> Any:
-    """Register `moe_compile::<schema>` and return its overload, which is what callers call."""
+def define(schema: str, *, cpu: Impl, cuda: Impl, fake: Impl, cpp: bool = False) -> Any:
+    """Register `moe_compile::<schema>` and return its overload, which is what callers call.
+
+    cpp: once the C++ kernels are compiled, cpu_dispatch.cpp takes the op's CPU calls, and hands
+    those it does not know to `moe_compile::_<schema>`, which is `cpu`.
+    """
     name = schema.partition("(")[0]
+    if cpp:
+        _LIBRARY.define(f"_{schema}")
+        _LIBRARY.impl(f"_{name}", _without_gradients(name, cpu), "CPU")
     _LIBRARY.define(schema, tags=_TAGS)
-    op = getattr(torch.ops.moe_compile, name).default
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, _on_its_device(cuda), "CUDA")
-    _LIBRARY.impl(name, _refuse_gradients(name, op), "Autograd")
+    _LIBRARY.impl(name, _without_gradients(name, cpu), "CPU")
+    _LIBRARY.impl(name, _without_gradients(name, _on_its_device(cuda)), "CUDA")
+    fake = _without_gradients(name, fake)
     torch.library.register_fake(f"moe_compile::{name}", fake, lib=_LIBRARY)
-    return op
+    return getattr(torch.ops.moe_compile, name).default
 
 
 def _on_its_device(impl: Impl) -> Impl:
@@ -44,9 +50,13 @@ def _on_its_device(impl: Impl) -> Impl:
     return call
 
 
-def _refuse_gradients(name: str, op: Any) -> Impl:
-    """The op below autograd, or an error where autograd would silently record nothing."""
-    is_grad_enabled, below_autograd = torch.is_grad_enabled, torch._C._AutoDispatchBelowAutograd
+def _without_gradients(name: str, impl: Impl) -> Impl:
+    """`impl`, or an error where autograd, which has no kernel of ours, would record nothing.
+
+    Here and not in an Autograd kernel: that would cost a second way through Python, in decode with
+    cold caches 50 us a call.
+    """
+    is_grad_enabled = torch.is_grad_enabled
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_grad_enabled() and any(
@@ -56,7 +66,6 @@ def _refuse_gradients(name: str, op: Any) -> Impl:
                 f"{name}: expected inputs without gradients (this op has no backward; "
                 "use torch.no_grad() or torch.inference_mode()), got requires_grad=True"
             )
-        with below_autograd():
-            return op(*args, **kwargs)
+        return impl(*args, **kwargs)
 
     return call

@@ -136,4 +136,5 @@ experts = define(
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,
+    cpp=True,
 )

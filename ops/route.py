@@ -22,6 +22,7 @@ Source: softmax, then top-k: Switch, Fedus et al. 2021, arXiv:2101.03961; top-k,
     arXiv:2412.19437, section 2.1.2.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -164,6 +165,28 @@ def _check(
     check_dims(op, "logits", logits_TE, "[T, E]")
     check_float(op, "logits", logits_TE)
     E = logits_TE.shape[1]
+    check_choice = _check_choice_once if type(E) is int else _check_choice
+    check_choice(
+        E, top_k, score, score_first, bias_E is None, num_groups, top_groups, group_score, dtype
+    )
+    if bias_E is not None:
+        check(bias_E.shape == (E,), op, f"bias [{E}]", list(bias_E.shape))
+        check_float(op, "bias", bias_E)
+        check_same_device(op, logits=logits_TE, bias=bias_E)
+
+
+def _check_choice(
+    E: int,
+    top_k: int,
+    score: str,
+    score_first: bool,
+    unbiased: bool,
+    num_groups: int,
+    top_groups: int,
+    group_score: str,
+    dtype: torch.dtype | None,
+) -> None:
+    op = "route"
     check(score in SCORES, op, f"score in {SCORES}", score)
     check(group_score in GROUP_SCORES, op, f"group_score in {GROUP_SCORES}", group_score)
     check(num_groups >= 1 and E % num_groups == 0, op, f"num_groups dividing E = {E}", num_groups)
@@ -173,13 +196,13 @@ def _check(
         check(per_group >= 2, op, "groups of two or more for top2_sum", per_group)
     candidates = top_groups * per_group
     check(1 <= top_k <= candidates, op, f"top_k in 1..{candidates}", top_k)
-    plain = bias_E is None and num_groups == 1
+    plain = unbiased and num_groups == 1
     check(score_first or plain, op, "bias and groups only with score_first", "score_first=False")
     check_float_dtype(op, dtype)
-    if bias_E is not None:
-        check(bias_E.shape == (E,), op, f"bias [{E}]", list(bias_E.shape))
-        check_float(op, "bias", bias_E)
-        check_same_device(op, logits=logits_TE, bias=bias_E)
+
+
+# Its words take longer to write than the op to run; a symbolic E can't be a key.
+_check_choice_once = functools.cache(_check_choice)
 
 
 def _fake(
@@ -203,8 +226,8 @@ def _fake(
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    _fake(*args)
-    return route_cpu(*args) or route_reference(*args)
+    outputs = _fake(*args)
+    return outputs if route_cpu(*outputs, *args) else route_reference(*args)
 
 
 route = define(
@@ -215,4 +238,5 @@ route = define(
     cpu=_cpu,
     cuda=route_triton,
     fake=_fake,
+    cpp=True,
 )

@@ -93,5 +93,9 @@ def _fake(x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
 
 
 skinny_mm = define(
-    "skinny_mm(Tensor x, Tensor w, Tensor? bias=None) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake
+    "skinny_mm(Tensor x, Tensor w, Tensor? bias=None) -> Tensor",
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=_fake,
+    cpp=True,
 )

@@ -16,7 +16,7 @@ FOREIGN_WARNINGS = [
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     # Inductor's advice to give up float32 for TF32, once for each process on a GPU.
     "ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning",
-    # CUDA-graph trees warm up by an empty capture, and Inductor's autotuning pickles, in torch 2.11.
+    # torch 2.11: CUDA-graph trees warm up by an empty capture, Inductor's autotuning asks storages.
     "ignore:The CUDA Graph is empty:UserWarning",
     "ignore:TypedStorage is deprecated:UserWarning",
     # Triton 3.9 announces a default of 3.10 at the first compile for a GPU.

@@ -10,7 +10,10 @@ from torch._inductor.codecache import CppCodeCache
 
 from moe_compile.ops import _cpu
 from moe_compile.ops.combine import combine, combine_reference
+from moe_compile.ops.experts import experts
 from moe_compile.ops.grouped_mm import grouped_mm, grouped_mm_reference
+from moe_compile.ops.route import route
+from moe_compile.ops.skinny_mm import skinny_mm
 
 LAYOUTS = ["H contiguous", "G contiguous", "neither", "far apart"]
 COUNTS_H_G = [
@@ -157,7 +160,7 @@ def test_without_a_compiler(monkeypatch, caplog):
         raise RuntimeError("no C++ compiler found\nand a long story")
 
     monkeypatch.setattr(CppCodeCache, "load", refuse)
-    _cpu._compile.cache_clear()
+    _cpu._library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="moe_compile"):
             for layout in LAYOUTS:
@@ -168,6 +171,56 @@ def test_without_a_compiler(monkeypatch, caplog):
             mix = torch.rand(2, 2)
             assert_close(combine(y, position, mix), combine_reference, y, position, mix)
     finally:
-        _cpu._compile.cache_clear()
+        _cpu._library.cache_clear()
     (record,) = caplog.records
     assert record.getMessage().endswith("go through torch.mm: no C++ compiler found")
+
+
+def plain_calls(dtype):
+    """Calls that cpu_dispatch.cpp takes, by op, and one of each that it hands on to Python."""
+    x, w = torch.randn(3, 70, dtype=dtype), torch.randn(96, 70, dtype=dtype).t()
+    ids = torch.randint(-1, 5, (3, 2))
+    mix = torch.rand(3, 2, dtype=dtype)
+    up, down = torch.randn(4, 48, 70, dtype=dtype).mT, torch.randn(4, 70, 24, dtype=dtype).mT
+    logits, bias = torch.randn(3, 8, dtype=dtype), torch.randn(8, dtype=dtype)
+    grouped = ("sigmoid", True, bias, 4, 2, "top2_sum", True, 1e-20, 2.5)
+    return {
+        skinny_mm: [
+            (x, w),
+            (x, w, torch.randn(96, dtype=dtype)),
+            (torch.cat((x, x), 1)[:, ::2], w.repeat(1, 2)),
+        ],
+        experts: [
+            (x, ids, mix, up, down),
+            (
+                x,
+                ids.int(),
+                mix,
+                up,
+                down,
+                torch.randn(4, 48, dtype=dtype),
+                torch.randn(4, 70, dtype=dtype),
+            ),
+            (x, ids.t().contiguous().t(), mix, up, down, None, None, True, 1.7, 7.0, 1.0),
+        ],
+        route: [
+            (logits, 2),
+            (logits, 3, *grouped),
+            (logits.t().contiguous().t(), 2, "none", False),
+        ],
+    }
+
+
+@pytest.mark.skipif(_cpu._library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_dispatch_from_cpp_is_that_from_python(dtype):
+    for op, calls in plain_calls(dtype).items():
+        python = getattr(torch.ops.moe_compile, f"_{op._schema.name.partition('::')[2]}")
+        for i, args in enumerate(calls):
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
+                got = op(*args)
+            names = {event.name for event in profile.events()}
+            assert (python.default.name() in names) == (i == 2), names
+            torch.testing.assert_close(got, python(*args), rtol=0, atol=0)

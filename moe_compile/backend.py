@@ -1,17 +1,17 @@
-"""The backend: Inductor, with our passes in it."""
+"""The backend: our passes over the graph, then Inductor, which reads live constants as inputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+from moe_compile.capture import normalize
+from moe_compile.constants import LiveGraph
 from moe_compile.options import parse_options
-from moe_compile.pipeline import MoePasses
-
-HOOK = "post_grad_custom_pre_pass"
+from moe_compile.passes._constants import constants_of
+from moe_compile.pipeline import Pipeline, cache_key
 
 
 def moe_compile(
@@ -28,8 +28,30 @@ def moe_compile(
     Errors: ValueError for unknown options, RuntimeError where `require` is not met.
     """
     ours, patches = parse_options(mode, options)
-    passes = MoePasses(ours, patches.get(HOOK, getattr(inductor_config, HOOK)))
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches={**patches, HOOK: passes})
+    pipeline = Pipeline(ours)
+
+    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
+        normalize(gm, example_inputs, how)
+        pipeline(gm)
+        constants = constants_of(gm.graph)
+        if not constants:
+            return compile_fx_inner(gm, example_inputs, **how)
+        # The last inputs, and static: their addresses stay, so CUDA graphs need not copy them.
+        count = len(example_inputs)
+        how["static_input_idxs"] = [
+            *how["static_input_idxs"],
+            *range(count, count + len(constants)),
+        ]
+        values = [constant.val for constant in constants]
+        compiled = compile_fx_inner(gm, [*example_inputs, *values], **how)
+        return LiveGraph(compiled, constants)
+
+    compiled: Any = compile_fx(
+        gm,
+        list(example_inputs),
+        inner_compile=inner,
+        config_patches={**patches, **cache_key(pipeline.key, patches)},
+    )
     return compiled  # type: ignore[no-any-return]
 
 

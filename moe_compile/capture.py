@@ -1,33 +1,60 @@
-"""Compile a model as far as the passes, and stop there."""
+"""The graph that the passes see: Inductor's inference graph, normalised, its parameters marked."""
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx, fake_tensor_prop
+from torch._inductor.fx_passes.post_grad import reorder_for_locality, view_to_reshape
+from torch._inductor.virtualized import V
+
+from moe_compile.passes._graph import clean, mark_parameter
+from moe_compile.pipeline import cache_key
+
+
+def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any], how: Mapping[str, Any]) -> None:
+    """Bring the graph that Inductor hands to its inner compile to the form that passes match.
+
+    Only `aten.reshape` is left of the views that copy or not, every node has a fresh fake value,
+    and the placeholders of parameters and buffers that a pass may compute ahead are marked.
+    """
+    view_to_reshape(gm)
+    with torch.no_grad():
+        fake_tensor_prop(gm, list(example_inputs))
+    if how.get("is_inference") and inductor_config.reorder_for_locality:
+        reorder_for_locality(gm.graph)
+    clean(gm.graph)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for index, unfit in _parameters(len(placeholders), how).items():
+        mark_parameter(placeholders[index], unfit)
+
+
+def _parameters(count: int, how: Mapping[str, Any]) -> dict[int, str]:
+    """Which placeholders are parameters or buffers, and why one can't be computed with ahead."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context else None
+    static = [i for i in how.get("static_input_idxs") or () if i < count]
+    if not how.get("is_inference"):
+        return dict.fromkeys(static, "its gradient is wanted")
+    if V.aot_compilation:
+        return dict.fromkeys(static, "compiled ahead of time: Inductor folds constants there")
+    if metadata is None or len(metadata.input_info) != count:
+        return dict.fromkeys(static, "nothing says whether the graph writes to it")
+    inputs = metadata.input_info
+    written = {i for i in static if inputs[i].mutates_data or inputs[i].mutates_metadata}
+    return {i: "the graph writes to it" if i in written else "" for i in static}
 
 
 class _Stop(BaseException):
-    """Ends a compile once the passes ran; not an Exception, so that Inductor lets it through."""
-
-
-class _StopAfter(CustomGraphPass):
-    def __init__(self, look: Callable[[fx.Graph], None]) -> None:
-        self._look = look
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self._look(graph)
-        raise _Stop
-
-    def uuid(self) -> None:
-        return None  # never cached: a cached graph would not come by here
+    """Ends a compile once the graph was seen; not an Exception, so that Inductor lets it by."""
 
 
 def visit_graphs(
-    look: Callable[[fx.Graph], None],
+    look: Callable[[fx.GraphModule], Any],
     fn: Callable[..., Any],
     *args: Any,
     dynamic: bool | None = None,
@@ -37,13 +64,23 @@ def visit_graphs(
     """Call `look` with every ATen graph that compiling `fn(*args, **kwargs)` hands to the passes.
 
     The compile is a real one (Dynamo, functorch's AOT capture, Inductor's decompositions and joint
-    passes) up to `post_grad_custom_pre_pass`; then the call goes on uncompiled.
+    passes) up to our passes; then the call goes on uncompiled.
     """
 
+    def stop(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
+        normalize(gm, example_inputs, how)
+        look(gm)
+        raise _Stop
+
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        hook = {"post_grad_custom_pre_pass": _StopAfter(look)}
-        with contextlib.suppress(_Stop):
-            compile_fx(gm, list(example_inputs), config_patches={**(patches or {}), **hook})
+        # A key of None: an artifact from AOTAutograd's cache would not come by the inner compile.
+        with suppress(_Stop):
+            compile_fx(
+                gm,
+                list(example_inputs),
+                inner_compile=stop,
+                config_patches={**(patches or {}), **cache_key(None)},
+            )
         return gm.forward
 
     torch._dynamo.reset()

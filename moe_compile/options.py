@@ -22,6 +22,8 @@ class Options:
     require: least number of rewrites by pass name, for each graph; fewer fail the compile with the
         report. Such compiles bypass the compile cache, since a cached graph runs no pass.
     disable: names of passes that shall not run.
+    constant_budget_mb: most memory, in MiB, that the live constants of one graph may take beside
+        the parameters they are made from (see passes/hoist_constants.py).
     extra_passes: passes of your own, run after ours in the order given, whatever `exactness` says
         unless they state theirs. One with a `uuid` attribute (a string that changes whenever the
         pass does) may be cached; others bypass the cache.
@@ -31,6 +33,7 @@ class Options:
     exactness: Exactness = "reassociating"
     require: Mapping[str, int] = field(default_factory=dict)
     disable: tuple[str, ...] = ()
+    constant_budget_mb: int = 1024
     extra_passes: tuple[Pass, ...] = ()
 
     def __post_init__(self) -> None:
@@ -40,6 +43,9 @@ class Options:
         for key in (*self.require, *self.disable):
             if key not in names:
                 _refuse(f"pass names among {', '.join(sorted(names))}", key)
+        budget = self.constant_budget_mb
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+            _refuse("constant_budget_mb of 0 or more MiB", repr(budget))
         for extra in self.extra_passes:
             if not callable(extra):
                 _refuse("extra_passes of functions from fx.Graph to an outcome", extra)

@@ -1,46 +1,50 @@
-"""The passes as Inductor calls them: one CustomGraphPass, whose uuid keeps the caches honest."""
+"""Our passes over one graph, in order, and the key that keeps Inductor's caches honest."""
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import fx
+from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from moe_compile.options import Options, name_of
 from moe_compile.passes import PASSES
 from moe_compile.passes._graph import clean, render
 from moe_compile.passes._outcome import EXACTNESS, Outcome
+from moe_compile.passes._settings import Settings, set_settings
 from moe_compile.report import GraphReport, PassReport, Report
 
 log = logging.getLogger("moe_compile")
+HOOK = "post_grad_custom_pre_pass"
 
 
-class MoePasses(CustomGraphPass):
-    """Runs PASSES and the user's own over one graph, and keeps the report."""
+class Pipeline:
+    """Runs PASSES and the user's own over graphs, and keeps the report."""
 
-    def __init__(
-        self, options: Options, before_ours: Any = None, keep_graphs: bool = False
-    ) -> None:
-        """`before_ours` is what the user had set as Inductor's post_grad_custom_pre_pass."""
+    def __init__(self, options: Options, keep_graphs: bool = False) -> None:
         self.options = options
         self.report = Report()
-        self._before_ours = _as_list(before_ours)
         self._keep_graphs = keep_graphs
 
-    def __call__(self, graph: fx.Graph) -> None:
-        for theirs in self._before_ours:
-            theirs(graph)
-        before = render(graph, renumber=False) if self._keep_graphs else ""
-        passes = [self._run(p, graph) for p in (*PASSES, *self.options.extra_passes)]
-        after = render(graph, renumber=False) if self._keep_graphs else ""
+    def __call__(self, gm: fx.GraphModule) -> None:
+        """Rewrite `gm`, and the bodies of the regions that it calls, in place."""
+        for name in sorted({str(node.target) for node in gm.graph.find_nodes(op="get_attr")}):
+            if isinstance(body := getattr(gm, name, None), fx.GraphModule):
+                self(body)
+        options = self.options
+        set_settings(gm, Settings(options.exactness, options.constant_budget_mb * 2**20))
+        before = render(gm.graph, renumber=False) if self._keep_graphs else ""
+        passes = [self._run(p, gm.graph) for p in (*PASSES, *options.extra_passes)]
+        gm.recompile()
+        after = render(gm.graph, renumber=False) if self._keep_graphs else ""
         self.report.graphs.append(GraphReport(before, after, passes))
         self.report.log(log)
-        for name, least in self.options.require.items():
+        for name, least in options.require.items():
             found = sum(len(p.outcome.rewrites) for p in passes if p.name == name)
             if found < least:
                 raise RuntimeError(
@@ -62,13 +66,41 @@ class MoePasses(CustomGraphPass):
         seconds = time.perf_counter() - start
         return PassReport(name, outcome if isinstance(outcome, Outcome) else Outcome(), seconds)
 
-    def uuid(self) -> Any:
-        """Part of Inductor's and AOTAutograd's cache keys; None bypasses both caches."""
-        theirs = [_uuid_of(p) for p in (*self._before_ours, *self.options.extra_passes)]
-        if self._keep_graphs or self.options.require or None in theirs:
+    @property
+    def key(self) -> str | None:
+        """Names what the passes do, for cache keys; None where nothing may be cached."""
+        theirs = [_uuid_of(p) for p in self.options.extra_passes]
+        if self.options.require or None in theirs:
             return None
-        own = (self.options.exactness, self.options.disable)
+        o = self.options
+        own = (o.exactness, o.disable, o.constant_budget_mb)
         return hashlib.sha256(repr((_own_hash(), own, theirs)).encode()).hexdigest()
+
+
+class _Key(CustomGraphPass):
+    """Puts a key into Inductor's and AOTAutograd's cache keys, in the one hook that both look at.
+
+    Our passes run before Inductor's own key is computed, but an artifact from AOTAutograd's cache
+    skips them, and that cache knows no inner compile. What the user set as the hook still runs.
+    """
+
+    def __init__(self, key: str | None, theirs: Any) -> None:
+        self._key = key
+        self._theirs = _as_list(theirs)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for pass_ in self._theirs:
+            pass_(graph)
+
+    def uuid(self) -> Any:
+        theirs = [_uuid_of(p) for p in self._theirs]
+        return None if None in (self._key, *theirs) else (self._key, *theirs)
+
+
+def cache_key(key: str | None, patches: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config patch for Inductor that sets the key; None bypasses both caches."""
+    theirs = (patches or {}).get(HOOK, getattr(inductor_config, HOOK))
+    return {HOOK: _Key(key, theirs)}
 
 
 def source_hash(root: Path) -> str:

@@ -124,10 +124,10 @@ def explain(
     """
     from moe_compile.capture import visit_graphs
     from moe_compile.options import parse_options
-    from moe_compile.pipeline import MoePasses
+    from moe_compile.pipeline import Pipeline
 
     ours, patches = parse_options(mode, options)
-    passes = MoePasses(ours, patches.pop("post_grad_custom_pre_pass", None), keep_graphs=True)
+    passes = Pipeline(ours, keep_graphs=True)
     torch._dynamo.utils.counters["graph_break"].clear()
     with torch.no_grad():
         visit_graphs(passes, model, *inputs, dynamic=dynamic, patches=patches, **kwargs)

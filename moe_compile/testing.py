@@ -13,10 +13,19 @@ from torch import fx
 
 from moe_compile.capture import visit_graphs
 from moe_compile.passes import PASSES
+from moe_compile.passes._constants import constants_of
 from moe_compile.passes._graph import clean, render
 from moe_compile.passes._outcome import Outcome, Pass
 
-__all__ = ["assert_documented", "capture", "capture_all", "render", "run_passes", "section"]
+__all__ = [
+    "assert_documented",
+    "capture",
+    "capture_all",
+    "render",
+    "run_graph",
+    "run_passes",
+    "section",
+]
 
 
 def capture(
@@ -40,8 +49,7 @@ def capture_all(
 ) -> list[fx.GraphModule]:
     """Every graph that `fn(*args, **kwargs)` gives, in order of compilation; see `capture`."""
     graphs: list[fx.GraphModule] = []
-    look = lambda graph: graphs.append(fx.GraphModule(graph.owning_module, graph))  # noqa: E731
-    visit_graphs(look, fn, *args, dynamic=dynamic, **kwargs)
+    visit_graphs(graphs.append, fn, *args, dynamic=dynamic, **kwargs)
     return graphs
 
 
@@ -53,6 +61,12 @@ def run_passes(gm: fx.GraphModule, *passes: Pass) -> list[Outcome]:
         clean(gm.graph)
     gm.recompile()
     return outcomes
+
+
+def run_graph(gm: fx.GraphModule, *inputs: Any) -> Any:
+    """Run a captured graph on its inputs; live constants that passes added are made from them."""
+    constants = [c.recipe(*[inputs[i] for i in c.sources]) for c in constants_of(gm.graph)]
+    return gm(*inputs, *constants)
 
 
 def section(doc: str | None, name: str) -> str:

@@ -10,11 +10,13 @@ from moe_compile.passes.choose_linear import choose_linear
 from moe_compile.passes.find_activation import find_activation
 from moe_compile.passes.find_experts import find_experts
 from moe_compile.passes.find_routing import find_routing
+from moe_compile.passes.hoist_constants import hoist_constants
 
 PASSES: tuple[Pass, ...] = (
     find_experts,
     find_routing,
     find_activation,
+    hoist_constants,
     choose_kernels,
     choose_linear,
     choose_attention,

@@ -64,6 +64,29 @@ def strip(node: Any, *targets: Any) -> Any:
     return node
 
 
+def view_source(node: Any) -> Any:
+    """The node whose memory `node` is a view of, or None."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    mine = _storage(node)
+    sources = [s for s in node.all_input_nodes if mine is not None and _storage(s) == mine]
+    return sources[0] if sources else None
+
+
+def strip_views(node: Any) -> Any:
+    """Walk up to the node that made the memory."""
+    while (source := view_source(node)) is not None:
+        node = source
+    return node
+
+
+def _storage(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
 def is_widening(node: Any) -> bool:
     """Is `node` a cast between floats that loses nothing?"""
     if not is_call(node, *CASTS):
@@ -128,6 +151,27 @@ def call(
 def unpack(graph: fx.Graph, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
     """The outputs of a call that returns several tensors."""
     return tuple(call(graph, operator.getitem, node, i, like=node) for i in range(count))
+
+
+_PARAMETER = "moe_compile_parameter"
+
+
+def mark_parameter(node: fx.Node, unfit: str = "") -> None:
+    """Say that a placeholder is a parameter or buffer.
+
+    unfit: why nothing can be computed from it ahead of the call, if so.
+    """
+    node.meta[_PARAMETER] = unfit
+
+
+def is_parameter(node: Any) -> bool:
+    """Is `node` the placeholder of a parameter or buffer that this graph only reads?"""
+    return isinstance(node, fx.Node) and node.meta.get(_PARAMETER) == ""
+
+
+def why_unfit(node: fx.Node) -> str:
+    """Why the placeholder of a parameter can't be computed with ahead, or ""."""
+    return str(node.meta.get(_PARAMETER, ""))
 
 
 def clean(graph: fx.Graph) -> None:

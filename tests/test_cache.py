@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys, torch
 import moe_compile
-from moe_compile.pipeline import MoePasses
+from moe_compile.pipeline import Pipeline
 
 assert moe_compile.__file__.startswith(sys.argv[1]), moe_compile.__file__
-runs, original = [], MoePasses.__call__
-MoePasses.__call__ = lambda self, graph: (runs.append(1), original(self, graph))[1]
+runs, original = [], Pipeline.__call__
+Pipeline.__call__ = lambda self, gm: (runs.append(1), original(self, gm))[1]
 
 def fn(x, w, ids, p):
     flat = ids.reshape(-1)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from moe_compile.passes import PASSES
-from moe_compile.testing import run_passes
+from moe_compile.testing import run_graph, run_passes
 
 FOREIGN_WARNINGS = [
     # transformers asks for its version through a cached function, which Dynamo sees through.
@@ -70,7 +70,7 @@ class Replay:
         num_outputs = len(gm.graph.output_node().args[0])
 
         def run(*args: Any) -> Any:
-            outputs = (after if self.rewritten else before)(*args)
+            outputs = run_graph(after if self.rewritten else before, *args)
             assert len(outputs) == num_outputs
             return outputs
 

@@ -203,6 +203,20 @@ def test_nothing_is_computed_twice(model, x, monkeypatch):
     assert len(computed) == 3  # of the two, the one that changed
 
 
+@pytest.mark.parametrize("built_in", [False, True])
+@torch.no_grad()
+def test_addresses_are_compared_with_and_without_cuda_builds(built_in, model, x, monkeypatch):
+    def equal(tensors, pointers, indices):
+        assert all(type(a) is list for a in (tensors, pointers, indices))
+        return all(tensors[i].data_ptr() == pointers[i] for i in indices)
+
+    monkeypatch.setattr(constants, "_addresses_equal", equal if built_in else None)
+    fn = compiled(model)
+    for _ in range(3):
+        torch.testing.assert_close(fn(x), model(x))
+        model.w.data = other(model.w)
+
+
 @torch.no_grad()
 def test_a_value_keeps_its_address(model, x):
     fn = compiled(model)

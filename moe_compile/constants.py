@@ -58,9 +58,6 @@ class LiveConstant:
                 new.clone() if any(s.untyped_storage().data_ptr() == mine for s in sources) else new
             )
 
-    def is_of(self, sources: Sequence[Tensor]) -> bool:
-        return all(ref() is s for ref, s in zip(self._sources, sources, strict=True))
-
     def sources(self) -> list[Tensor] | None:
         """The parameters, or None once one of them is gone."""
         found = [ref() for ref in self._sources]
@@ -75,7 +72,6 @@ class _Bound:
         self.values: list[Tensor] = []
         self.versions: tuple[int, ...] | None = None
         self.pointers: list[int] = []
-        self.pinned = False
 
 
 class LiveGraph:
@@ -103,8 +99,6 @@ class LiveGraph:
         ):
             inputs.extend(self._renewed(sources, bound))
         else:
-            if self._on_cuda and not bound.pinned:
-                _pin_if_captured(bound, sources)
             inputs.extend(bound.values)
         return self._compiled(inputs)
 
@@ -145,21 +139,26 @@ def _forget(graph: "weakref.ref[LiveGraph]", key: tuple[int, ...]) -> None:
         mine._bound.pop(key, None)
 
 
-_SHARED: "weakref.WeakValueDictionary[tuple[Any, ...], LiveConstant]" = (
-    weakref.WeakValueDictionary()
-)
-_PINNED: dict[int, LiveConstant] = {}
+# They live as long as the parameters, not as the compiled code: the next compile takes them over, and
+# a CUDA graph that the user captured goes on reading them.
+_SHARED: dict[tuple[Any, ...], LiveConstant] = {}
 _SHARED_LOCK = threading.Lock()
 
 
 def shared_constant(recipe: fx.GraphModule, sources: Sequence[Tensor]) -> LiveConstant:
     """The live constant of this recipe and these parameters, which other graphs may have, too."""
-    key = (recipe.code, *map(id, sources))
+    dtypes = tuple(s.dtype for s in sources)
+    ids = tuple(map(id, sources))
+    key = (recipe.code, ids, dtypes)
     with _SHARED_LOCK:
-        found = _SHARED.get(key)
-        if found is None or not found.is_of(sources):
-            found = _SHARED[key] = LiveConstant(recipe, sources)
-    return found
+        for other in list(_SHARED):  # those of parameters that have since become of another dtype
+            if other[1] == ids and other[2] != dtypes:
+                del _SHARED[other]
+        if key not in _SHARED:
+            _SHARED[key] = LiveConstant(recipe, sources)
+            for source in sources:
+                weakref.finalize(source, _SHARED.pop, key, None).atexit = False
+        return _SHARED[key]
 
 
 def refresh(model: nn.Module | None = None) -> int:
@@ -187,21 +186,6 @@ def constant_bytes() -> int:
     """Bytes that all live constants take now."""
     values = [constant.value for constant in list(_SHARED.values())]
     return sum(v.untyped_storage().nbytes() for v in values if v is not None)
-
-
-def _pin_if_captured(bound: _Bound, sources: Sequence[Tensor]) -> None:
-    """Let values that a CUDA graph of the user's reads live as long as the parameters do.
-
-    The compiled graph may go first (torch._dynamo.reset), and the replay would read freed memory.
-    """
-    if not torch.cuda.is_current_stream_capturing():
-        return
-    bound.pinned = True
-    for constant in bound.constants:
-        if id(constant) not in _PINNED:
-            _PINNED[id(constant)] = constant
-            for source in constant.sources() or ():
-                weakref.finalize(source, _PINNED.pop, id(constant), None).atexit = False
 
 
 def _versions(sources: Sequence[Tensor]) -> tuple[int, ...] | None:

@@ -291,7 +291,7 @@ def _decline_casts(graph: fx.Graph, constant: dict[fx.Node, bool], outcome: Outc
         source = strip_views(args(node)[0])
         if reason := why_unfit(source):
             outcome.decline(node, reason)
-        elif args(node)[0] in constant:
+        elif args(node)[0] in constant or _leaves_device(source, constant):
             outcome.decline(node, "it goes to another device, or its shape is not static")
         elif _is_random(source):
             outcome.decline(node, "it is random")
@@ -300,6 +300,12 @@ def _decline_casts(graph: fx.Graph, constant: dict[fx.Node, bool], outcome: Outc
     if activations:
         text = f"{len(activations)} casts of activations change with every call"
         outcome.decline(activations[0], text)
+
+
+def _leaves_device(node: fx.Node, constant: dict[fx.Node, bool]) -> bool:
+    """Does `node` copy what would be a constant to another device?"""
+    inputs = node.all_input_nodes if has_val(node) else []
+    return any(i in constant and has_val(i) and val(i).device != val(node).device for i in inputs)
 
 
 def _is_random(node: fx.Node) -> bool:

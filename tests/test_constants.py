@@ -397,13 +397,27 @@ def test_the_values_go_with_the_model(device, x):
 
 
 @torch.no_grad()
-def test_the_values_go_with_the_compiled_code(model, x):
-    fn = compiled(model)
-    fn(x)
-    del fn
+def test_the_next_compile_takes_the_values_over(model, x):
+    compiled(model)(x)
+    size = constant_bytes()
+    addresses = {c.value.data_ptr() for c in constants._SHARED.values()}
     torch._dynamo.reset()
     gc.collect()
-    assert constant_bytes() == 0
+    model.w.add_(1)
+    fn = compiled(model)
+    torch.testing.assert_close(fn(x), model(x))
+    assert constant_bytes() == size
+    assert {c.value.data_ptr() for c in constants._SHARED.values()} == addresses
+
+
+@torch.no_grad()
+def test_values_of_another_dtype_are_dropped(model, x):
+    fn = compiled(model)
+    fn(x)
+    size = constant_bytes()
+    model.half()
+    torch.testing.assert_close(fn(x), model(x))
+    assert constant_bytes() == size
 
 
 @pytest.mark.gpu

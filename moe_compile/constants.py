@@ -139,8 +139,8 @@ def _forget(graph: "weakref.ref[LiveGraph]", key: tuple[int, ...]) -> None:
         mine._bound.pop(key, None)
 
 
-# They live as long as the parameters, not as the compiled code: the next compile takes them over, and
-# a CUDA graph that the user captured goes on reading them.
+# They live as long as the parameters, not as the compiled code: the next compile takes them over,
+# and a CUDA graph that the user captured goes on reading them.
 _SHARED: dict[tuple[Any, ...], LiveConstant] = {}
 _SHARED_LOCK = threading.Lock()
 

@@ -80,10 +80,15 @@ class Report:
             rewrites, declined = p.outcome.rewrites, p.outcome.declined
             if rewrites:
                 logger.info("%s: %d rewrites", p.name, len(rewrites))
-            level = logging.INFO if rewrites else logging.WARNING
+            quiet = rewrites or p.name in _PICKY
+            level = logging.INFO if quiet else logging.WARNING
             for reason, count in Counter(e.detail for e in declined).items():
                 text = "%s declined %dx: %s (moe_compile.explain tells where)"
                 logger.log(level, text, p.name, count, reason)
+
+
+# These leave most of what they look at, and rightly so.
+_PICKY = ("hoist_constants", "choose_kernels", "choose_linear", "choose_attention")
 
 
 def _pass_lines(p: PassReport) -> list[str]:

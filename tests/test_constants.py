@@ -34,6 +34,7 @@ class Router(nn.Module):
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
+    constants._SHARED.clear()  # what models of other tests, not collected yet, have left
     yield
     torch._dynamo.reset()
 
@@ -464,3 +465,20 @@ def test_exported_modules_keep_the_cast(model, x):
     with torch.no_grad():
         again = torch.compile(program.module(), backend="moe_compile")
         torch.testing.assert_close(again(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+@torch.no_grad()
+def test_aotinductor_folds_the_cast(tmp_path):
+    """The call of docs/constants.md: right, and right again with other weights."""
+    model, x = Router().requires_grad_(False), torch.randn(5, H)
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.export(model, (x,)),
+        package_path=str(tmp_path / "model.pt2"),
+        inductor_configs={"aot_inductor.use_runtime_constant_folding": True},
+    )
+    program = torch._inductor.aoti_load_package(package)
+    torch.testing.assert_close(program(x), model(x))
+    model.w.add_(1)
+    program.load_constants(dict(model.state_dict()), check_full_update=True, user_managed=False)
+    torch.testing.assert_close(program(x), model(x))

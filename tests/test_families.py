@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import fx
 
+import moe_compile
 from moe_compile.passes import PASSES
 from moe_compile.testing import run_graph, run_passes
 
@@ -118,3 +119,14 @@ def test_compiled(name, dtype):
     small.run(compiled, **small.inputs(3, 9))  # dynamic from here on: one more graph, and no third
     with torch.compiler.set_stance("fail_on_recompile"):
         small.run(compiled, **small.inputs(4, 5))
+
+
+@torch.no_grad()
+def test_deepseek_v3_casts_no_router_weight():
+    model = small.build("deepseek_v3", torch.bfloat16)
+    model.set_experts_implementation("grouped_mm")
+    report = moe_compile.explain(model, **small.inputs())
+    assert report.counts["hoist_constants"] >= report.counts["find_routing"] == 1
+    (passes,) = [graph.passes for graph in report.graphs]
+    (outcome,) = [p.outcome for p in passes if p.name == "hoist_constants"]
+    assert any("mlp.gate" in event.layer for event in outcome.rewrites), outcome

@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from moe_compile.options import Options, name_of
 from moe_compile.passes import PASSES
+from moe_compile.passes._constants import constants_of
 from moe_compile.passes._graph import clean, render
 from moe_compile.passes._outcome import EXACTNESS, Outcome
 from moe_compile.passes._settings import Settings, set_settings
@@ -42,7 +43,8 @@ class Pipeline:
         passes = [self._run(p, gm.graph) for p in (*PASSES, *options.extra_passes)]
         gm.recompile()
         after = render(gm.graph, renumber=False) if self._keep_graphs else ""
-        self.report.graphs.append(GraphReport(before, after, passes))
+        sizes = [constant.nbytes for constant in constants_of(gm.graph)]
+        self.report.graphs.append(GraphReport(before, after, passes, (len(sizes), sum(sizes))))
         self.report.log(log)
         for name, least in options.require.items():
             found = sum(len(p.outcome.rewrites) for p in passes if p.name == name)

@@ -24,11 +24,15 @@ class PassReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """All passes over one graph; `before` and `after` are its text where graphs are kept."""
+    """All passes over one graph; `before` and `after` are its text where graphs are kept.
+
+    constants: how many live constants the graph has, and the bytes that they take.
+    """
 
     before: str
     after: str
     passes: list[PassReport]
+    constants: tuple[int, int] = (0, 0)
 
     @property
     def diff(self) -> str:
@@ -65,6 +69,9 @@ class Report:
             lines.append(f"graph {i}")
             for p in graph.passes:
                 lines += _pass_lines(p)
+            if graph.constants[0]:
+                count, size = graph.constants
+                lines.append(f"  live constants: {count}, {size / 2**20:.1f} MiB")
             if graph.before != graph.after:
                 lines += [
                     "  changed (all of it in .graphs[i].before and .after):",

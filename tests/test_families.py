@@ -127,6 +127,7 @@ def test_deepseek_v3_casts_no_router_weight():
     model.set_experts_implementation("grouped_mm")
     report = moe_compile.explain(model, **small.inputs())
     assert report.counts["hoist_constants"] >= report.counts["find_routing"] == 1
-    (passes,) = [graph.passes for graph in report.graphs]
-    (outcome,) = [p.outcome for p in passes if p.name == "hoist_constants"]
+    (graph,) = report.graphs
+    (outcome,) = [p.outcome for p in graph.passes if p.name == "hoist_constants"]
+    assert f"live constants: {graph.constants[0]}, " in str(report)
     assert any("mlp.gate" in event.layer for event in outcome.rewrites), outcome

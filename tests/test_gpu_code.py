@@ -1,0 +1,144 @@
+"""Every Triton kernel compiles for a GPU, on a machine without one.
+
+The interpreter, which runs the kernels' tests on a CPU, accepts what the compiler refuses. Here
+each kernel goes through Triton's compiler and ptxas for sm_90, with the types and constants of a
+real launch, in another process, which has no interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+ACT = {"x_ptr": "*bf16", "y_ptr": "*bf16", "F": "i32", "stride_xr": "i32"}
+SILU = {**ACT, "alpha": "fp32", "limit": "fp32", "up_shift": "fp32"}
+ROUTE = {
+    **{"logits_ptr": "*fp32", "bias_ptr": "*fp32", "weights_ptr": "*fp32", "ids_ptr": "*i64"},
+    **{"stride_t": "i32", "per_group": "i32", "num_groups": "i32", "top_groups": "i32"},
+    **{"eps": "fp32", "scale": "fp32"},
+}
+SOFTMAX = {"SCORE": "softmax", "SCORE_FIRST": True, "HAS_BIAS": False, "GROUPED": False}
+SIGMOID = {"SCORE": "sigmoid", "SCORE_FIRST": True, "HAS_BIAS": True, "GROUPED": True}
+TOP8 = {"K": 8, "PER_GROUP": 2, "RENORMALIZE": True, "BLOCK_K": 8}
+SORT = {
+    **{"ids_ptr": "*i64", "rows_ptr": "*i32", "offsets_ptr": "*i32", "position_ptr": "*i32"},
+    **{"counts_ptr": "*i32", "starts_ptr": "*i32", "R": "i32", "E": "i32", "num_blocks": "i32"},
+}
+COMBINE = {"y_ptr": "*bf16", "position_ptr": "*i32", "weights_ptr": "*fp32", "out_ptr": "*bf16"}
+GEMM = {
+    **{"x_ptr": "*bf16", "w_ptr": "*bf16", "offsets_ptr": "*i32", "rows_ptr": "*i32"},
+    **{"bias_ptr": "*bf16", "y_ptr": "*bf16", "R": "i32", "E": "i32", "H": "i32", "G": "i32"},
+    **{"top_k": "i32", "num_tiles": "i32", "stride_xn": "i32", "stride_we": "i32"},
+    **{"stride_wh": "i32", "stride_wg": "i32"},
+}
+IN_F32 = {name: kind.replace("bf16", "fp32") for name, kind in GEMM.items()}
+
+
+def blocks(m, n, k, group, stages, **constants):
+    """The constants of `grouped_mm_kernel` with the blocks that `choose_blocks` gives."""
+    shape = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": group, "STAGES": stages}
+    flags = {"HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
+    return {**shape, **flags, "COMPENSATE": False, "BLOCK_E": 128, "stride_wh": 1, **constants}
+
+
+KERNELS = {  # module, kernel, types, constants, warps
+    "silu_mul": ("silu_mul", SILU, {"INTERLEAVED": False, "HAS_LIMIT": False, "BLOCK_F": 1024}, 4),
+    "silu_mul of gpt-oss": (
+        "silu_mul",
+        SILU,
+        {"INTERLEAVED": True, "HAS_LIMIT": True, "BLOCK_F": 1024},
+        4,
+    ),
+    "gelu_mul": ("gelu_mul", ACT, {"TANH": True, "BLOCK_F": 1024}, 4),
+    "relu2": ("relu2", ACT, {"BLOCK_F": 1024}, 4),
+    "route of Qwen3": ("route", ROUTE, {**SOFTMAX, **TOP8, "BLOCK_P": 1, "BLOCK_S": 128}, 1),
+    "route of DeepSeek": ("route", ROUTE, {**SIGMOID, **TOP8, "BLOCK_P": 8, "BLOCK_S": 32}, 1),
+    "sort_tokens_small": ("sort_tokens", SORT, {"BLOCK": 8, "CHUNK": 512}, 4),
+    "count": ("sort_tokens", SORT, {"BLOCK_R": 64, "BLOCK_E": 256}, 4),
+    "scan": ("sort_tokens", SORT, {"CHUNK": 1024}, 4),
+    "scatter": ("sort_tokens", SORT, {"BLOCK_R": 64}, 4),
+    "combine": (
+        "combine",
+        {**COMBINE, "H": "i32", "stride_yr": "i32"},
+        {"K": 8, "BLOCK_H": 1024},
+        4,
+    ),
+    "grouped_mm of one row": ("grouped_mm", GEMM, blocks(1, 16, 256, 1, 3), 2),
+    "grouped_mm of one row, float32": (
+        "grouped_mm",
+        IN_F32,
+        blocks(1, 16, 256, 1, 3, COMPENSATE=True, EVEN_H=False),
+        2,
+    ),
+    "grouped_mm of few rows": ("grouped_mm", GEMM, blocks(16, 64, 128, 1, 3), 4),
+    "grouped_mm of few rows, columns contiguous": (
+        "grouped_mm",
+        GEMM,
+        {**blocks(16, 64, 128, 1, 4), "stride_wh": 2880, "stride_wg": 1},
+        4,
+    ),
+    "grouped_mm of many rows": ("grouped_mm", GEMM, blocks(128, 128, 64, 4, 3), 8),
+    "grouped_mm of many rows, float32": (
+        "grouped_mm",
+        IN_F32,
+        blocks(64, 64, 32, 8, 3, COMPENSATE=True),
+        8,
+    ),
+}
+MODULES = {"route": "_route_kernel", "grouped_mm": "_grouped_mm_kernel"}
+NAMES = {"route": "route_kernel", "grouped_mm": "grouped_mm_kernel"}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """By case: bytes of shared memory, or what went wrong."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_compiles_for_sm_90(case, compiled):
+    assert isinstance(compiled[case], int), compiled[case]
+    assert compiled[case] <= 227 * 1024, "more shared memory than an SM of sm_90 has"
+
+
+def compile_for_sm_90(case):
+    """Bytes of shared memory that one program takes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    op, types, constants, warps = KERNELS[case]
+    module = import_module(f"moe_compile.ops.{MODULES.get(op, op)}")
+    name = case.split()[0]
+    kernel = getattr(module, NAMES.get(op, f"_{name}_kernel"))
+    signature, values, aligned = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        signature[argument] = "constexpr" if argument in constants else types[argument]
+        if argument in constants:
+            values[(i,)] = constants[argument]
+        elif types[argument][0] == "*":
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, aligned)
+    stages = constants.get("STAGES", 3)
+    options = {"num_warps": warps, "num_stages": stages}
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+
+def main():
+    results = {}
+    for case in KERNELS:
+        try:
+            results[case] = compile_for_sm_90(case)
+        except Exception as error:
+            results[case] = f"{type(error).__name__}: {error}"
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

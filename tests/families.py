@@ -81,6 +81,7 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 MLA = {"num_key_value_heads": 4}  # latent attention has as many of the one as of the other
+SPARSE_MLA = {**MLA, "layer_types": None}  # whose names differ between versions
 GEMMA = {
     "top_k_experts": 2,
     "global_head_dim": 16,
@@ -105,14 +106,14 @@ class Family:
 KNOWN: dict[str, Family] = {
     "axk1": Family(MLA),
     "axk2": Family(
-        MLA,
+        SPARSE_MLA,
         left={"find_routing": 1},
         reason="router masks experts with 0.0 under a bias, where a kept score may be less",
     ),
     "bailing_hybrid": Family(MLA),
     "deepseek_v2": Family(MLA),
     "deepseek_v3": Family(MLA),
-    "deepseek_v32": Family(MLA),
+    "deepseek_v32": Family(SPARSE_MLA),
     "deepseek_v4": Family(
         {
             "num_hidden_layers": 2,
@@ -146,7 +147,7 @@ KNOWN: dict[str, Family] = {
         {**MLA, "qk_rope_head_dim": 0, "head_dim": 0, "layer_types": ["linear_attention"]},
         reason="linear attention only: its indexed attention breaks the graph under any backend",
     ),
-    "glm_moe_dsa": Family(MLA),
+    "glm_moe_dsa": Family(SPARSE_MLA),
     "inkling": Family(
         left={"find_routing": 1},
         reason="router weighs by the softmax of log-sigmoids of routed and shared experts",
@@ -265,7 +266,7 @@ def run(model: Any, **inputs: Any) -> Tensor:
 
 def expert_layers(model: nn.Module) -> list[nn.Module]:
     """The modules that go through the experts interface."""
-    return [m for m in model.modules() if hasattr(m, "_is_expert_parallel")]
+    return [m for m in model.modules() if {"is_transposed", "has_bias"} <= vars(m).keys()]
 
 
 @contextmanager

@@ -55,6 +55,7 @@ class Candidate:
     node: fx.Node
     saved: int  # bytes less to move in every forward
     is_exact: bool  # moved and cast only, so that nothing rounds in another way
+    unpacks: bool  # larger than its sources, of which one is in a dtype of one byte
 
     @property
     def size(self) -> int:
@@ -83,7 +84,8 @@ def _value(root: fx.Node, constant: dict[fx.Node, bool]) -> Candidate:
         is_call(n, *_MOVES, *MADE) or is_widening(n) or (is_call(n, *CASTS) and not fused)
         for n in chain
     )
-    return Candidate(root, saved, is_exact)
+    packed = any(val(n).element_size() == 1 for n in _chain(root) if n.op == "placeholder")
+    return Candidate(root, saved, is_exact, packed and size > read)
 
 
 def _readers(root: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:

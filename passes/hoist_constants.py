@@ -58,7 +58,8 @@ def hoist_constants(graph: fx.Graph) -> Outcome:
     elsewhere, so a constant is taken if it is not larger than its sources, or at most SMALL. The
     constants of one graph take at most `constant_budget_mb`, those that save most first.
     Left alone: what depends on an input, on a parameter that the graph writes to, on chance or on
-    another device; what is, or may share memory with, an output; graphs that want gradients.
+    another device; what is, or may share memory with, an output; large weights quantised to one
+    byte; graphs that want gradients.
     Numerics: casts and moves are bitwise. Arithmetic, and casts to a narrower dtype that Inductor
     would fuse, round as uncompiled and not as fused; exactness="bitwise" leaves these alone.
     """
@@ -96,6 +97,8 @@ def _unfit(c: Candidate, exactness: str, left: int) -> str:
         return (
             f"a constant of {_bytes(c.size)} would cost {_bytes(-c.saved)} more traffic a forward"
         )
+    if c.unpacks and c.size > SMALL:
+        return f"a constant of {_bytes(c.size)} would undo what quantisation saves"
     if c.size > left:
         return f"constant_budget_mb: {_bytes(c.size)} wanted, {_bytes(left)} left"
     return ""

@@ -203,6 +203,25 @@ def test_a_large_fused_cast_is_cheaper_where_it_is():
     assert any("more traffic a forward" in r for r in reasons(outcome))
 
 
+def test_quantised_weights_stay_small():
+    class Quantised(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.register_buffer("w", torch.ones(rows, 64, dtype=torch.int8))
+            self.register_buffer("scale", torch.ones(rows, 1))
+
+        def forward(self, x):
+            return x @ (self.w.float() * self.scale).t()
+
+    for rows, count in (SMALL // 256 + 1, 0), (32, 1):
+        with torch.no_grad():
+            gm = capture(Quantised(rows), torch.randn(5, 64))
+            (outcome,) = run_passes(gm, hoist_constants)
+        assert len(constants_of(gm.graph)) == count
+        undone = [r for r in reasons(outcome) if r.endswith("would undo what quantisation saves")]
+        assert len(undone) == 1 - count
+
+
 def test_the_budget_takes_what_saves_most():
     both = lambda m, x: (x @ m.w.float().t()) + m.b.float()  # noqa: E731
     gm, outcome = hoisted(both, settings=Settings(constant_budget=64 * 32 * 4 + 8))

@@ -31,6 +31,13 @@ class LiveConstant:
         self._seen: tuple[Any, ...] = ()
         self._lock = threading.Lock()
         self.value: Tensor | None = None
+        self.readers: weakref.WeakSet[_Bound] = weakref.WeakSet()
+
+    def drop(self) -> None:
+        """Free the value; who reads it asks for a new one."""
+        self.value = None
+        for bound in self.readers:
+            bound.values, bound.versions = [], None
 
     def update(self, sources: Sequence[Tensor], force: bool = False) -> None:
         """Compute the value if a source changed since it was, in place where the shape allows."""
@@ -65,10 +72,9 @@ class LiveConstant:
 
 
 class _Bound:
-    """The constants of one graph for one set of parameters, and what was last seen of these."""
+    """The values of one graph for one set of parameters, and what was last seen of these."""
 
-    def __init__(self, constants: list[LiveConstant]) -> None:
-        self.constants = constants
+    def __init__(self) -> None:
         self.values: list[Tensor] = []
         self.versions: tuple[int, ...] | None = None
         self.pointers: list[int] = []
@@ -111,22 +117,22 @@ class LiveGraph:
         """The values after a change, or in the first call."""
         bound = bound or self._bind(sources)
         parts = [[sources[i] for i in where] for _, where in self._recipes]
-        pairs = list(zip(bound.constants, parts, strict=True))
+        recipes = [recipe for recipe, _ in self._recipes]
+        constants = [shared_constant(r, part) for r, part in zip(recipes, parts, strict=True)]
+        pairs = list(zip(constants, parts, strict=True))
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             # Recorded with the rest, the computation runs in every replay; here nothing ran yet.
             return [constant.compute(part) for constant, part in pairs]
         seen = _versions(sources), list(map(_pointer, sources))
         for constant, part in pairs:
+            constant.readers.add(bound)
             constant.update(part)
-        bound.values = [constant.value for constant in bound.constants]  # type: ignore[misc]
+        bound.values = [constant.value for constant in constants]  # type: ignore[misc]
         bound.versions, bound.pointers = seen
         return bound.values
 
     def _bind(self, sources: tuple[Tensor, ...]) -> _Bound:
-        constants = [
-            shared_constant(recipe, [sources[i] for i in where]) for recipe, where in self._recipes
-        ]
-        key, bound = tuple(map(id, sources)), _Bound(constants)
+        key, bound = tuple(map(id, sources)), _Bound()
         self._bound[key] = bound
         for source in sources:
             weakref.finalize(source, _forget, weakref.ref(self), key).atexit = False
@@ -153,7 +159,7 @@ def shared_constant(recipe: fx.GraphModule, sources: Sequence[Tensor]) -> LiveCo
     with _SHARED_LOCK:
         for other in list(_SHARED):  # those of parameters that have since become of another dtype
             if other[1] == ids and other[2] != dtypes:
-                del _SHARED[other]
+                _SHARED.pop(other).drop()
         if key not in _SHARED:
             _SHARED[key] = LiveConstant(recipe, sources)
             for source in sources:

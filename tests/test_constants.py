@@ -5,6 +5,7 @@ import gc
 import re
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -416,9 +417,16 @@ def test_values_of_another_dtype_are_dropped(model, x):
     fn = compiled(model)
     fn(x)
     size = constant_bytes()
+    values = [weakref.ref(c.value) for c in constants._SHARED.values()]
     model.half()
     torch.testing.assert_close(fn(x), model(x))
     assert constant_bytes() == size
+    assert [ref() for ref in values] == [None, None]
+    model.bfloat16()
+    torch.testing.assert_close(fn(x), model(x))  # the first compiled code again
+    model.w.data.mul_(2)
+    assert moe_compile.refresh(model) == 2
+    torch.testing.assert_close(fn(x), model(x))
 
 
 @pytest.mark.gpu

@@ -47,7 +47,8 @@ def measure(layers: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     model = build(layers, options.hidden, device)
     mode = "reduce-overhead" if device == "cuda" else None
     token = torch.full((1, 1), 7, device=device)
-    steps, logits, seconds, rows = {}, {}, {}, {}
+    steps, logits, seconds = {}, {}, {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, disable in VARIANTS.items():
         settings = {"disable": disable, **({"mode": mode} if mode else {})}
         cache = StaticCache(config=model.config, max_cache_len=64)
@@ -69,13 +70,6 @@ def measure(layers: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         synchronize()
         seconds[name] = time.perf_counter() - start
         steps[name], logits[name] = step, step().clone()
-        kernels = kernel_names(step)
-        rows[name] = {
-            "layers": layers,
-            "constants": name,
-            "kernels": sum(kernels.values()),
-            "router cast kernels": sum(n for k, n in kernels.items() if is_cast(k)),
-        }
     assert torch.equal(logits["with"], logits["without"]), "logits differ"
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.rounds):
@@ -86,8 +80,13 @@ def measure(layers: int, options: argparse.Namespace) -> list[dict[str, Any]]:
                 step()
             synchronize()
             times[name].append((time.perf_counter() - start) / options.steps * 1e3)
-    for name, row in rows.items():
+    for name, step in steps.items():  # after the times: the profiler slows the host down for good
+        kernels, busy = kernels_of(step)
         ordered = sorted(times[name])
+        row = rows[name] = {"layers": layers, "constants": name}
+        row["kernels"] = sum(kernels.values())
+        row["router cast kernels"] = sum(n for k, n in kernels.items() if is_cast(k))
+        row["kernels ms"] = round(busy, 4)
         row["ms a step"] = round(statistics.median(ordered), 4)
         row["low quartile"] = round(ordered[len(ordered) // 4], 4)
         row["high quartile"] = round(ordered[-1 - len(ordered) // 4], 4)
@@ -119,16 +118,20 @@ def build(layers: int, hidden: int, device: str) -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
-def kernel_names(step: Any) -> Counter[str]:
-    """The GPU kernels of one step."""
+def kernels_of(step: Any, steps: int = 10) -> tuple[Counter[str], float]:
+    """The GPU kernels of one step, and the milliseconds that all of them take together."""
     if not torch.cuda.is_available():
-        return Counter()
+        return Counter(), 0.0
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        step()
+        for _ in range(steps):
+            step()
         synchronize()
     on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return Counter(e.name for e in on_gpu if not getattr(e, "is_user_annotation", False))
+    real = [e for e in on_gpu if not getattr(e, "is_user_annotation", False)]
+    counts = Counter(e.name for e in real)
+    ms = sum(e.device_time for e in real) / steps / 1e3
+    return Counter({name: round(count / steps) for name, count in counts.items()}), ms
 
 
 def is_cast(kernel: str) -> bool:

@@ -19,6 +19,8 @@ FOREIGN_WARNINGS = [
     # torch 2.11: CUDA-graph trees warm up by an empty capture, Inductor's autotuning asks storages.
     "ignore:The CUDA Graph is empty:UserWarning",
     "ignore:TypedStorage is deprecated:UserWarning",
+    # torch 2.11: a CUDA build's profiler, about cycles that no test uses.
+    "ignore:Warning. Profiler clears events at the end of each cycle:UserWarning",
     # Triton 3.9 announces a default of 3.10 at the first compile for a GPU.
     "ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning",
 ]

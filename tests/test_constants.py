@@ -365,7 +365,8 @@ def test_layers_that_share_compiled_code(device, x):
 
 @torch.no_grad()
 def test_two_threads(model, x):
-    fn, wrong = compiled(model), []
+    # Not fullgraph: in torch 2.11, that from two threads at once turns off graph breaks for good.
+    fn, wrong = torch.compile(model, backend="moe_compile"), []
     expected = fn(x).clone()
 
     def work():

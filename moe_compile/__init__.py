@@ -7,10 +7,20 @@ from moe_compile._versions import require_torch
 
 require_torch()
 
+from moe_compile import parallel  # noqa: E402
 from moe_compile.backend import moe_compile as backend  # noqa: E402
 from moe_compile.constants import refresh  # noqa: E402
 from moe_compile.huggingface import prepare, register_experts  # noqa: E402
 from moe_compile.options import Options  # noqa: E402
 from moe_compile.report import Report, explain  # noqa: E402
 
-__all__ = ["Options", "Report", "backend", "explain", "prepare", "refresh", "register_experts"]
+__all__ = [
+    "Options",
+    "Report",
+    "backend",
+    "explain",
+    "parallel",
+    "prepare",
+    "refresh",
+    "register_experts",
+]

@@ -24,6 +24,8 @@ class Options:
     disable: names of passes that shall not run.
     constant_budget_mb: most memory, in MiB, that the live constants of one graph may take beside
         the parameters they are made from (see passes/hoist_constants.py).
+    collectives: what a mistake in the model's collectives is (a value reduced twice, a partial sum
+        not reduced, over the wrong ranks): "warn", "error" or "ignore".
     extra_passes: passes of your own, run after ours in the order given, whatever `exactness` says
         unless they state theirs. One with a `uuid` attribute (a string that changes whenever the
         pass does) may be cached; others bypass the cache.
@@ -34,6 +36,7 @@ class Options:
     require: Mapping[str, int] = field(default_factory=dict)
     disable: tuple[str, ...] = ()
     constant_budget_mb: int = 1024
+    collectives: str = "warn"
     extra_passes: tuple[Pass, ...] = ()
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class Options:
         budget = self.constant_budget_mb
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
             _refuse("constant_budget_mb of 0 or more MiB", repr(budget))
+        if self.collectives not in ("warn", "error", "ignore"):
+            _refuse("collectives among warn, error, ignore", repr(self.collectives))
         for extra in self.extra_passes:
             if not callable(extra):
                 _refuse("extra_passes of functions from fx.Graph to an outcome", extra)

@@ -38,7 +38,8 @@ class Pipeline:
             if isinstance(body := getattr(gm, name, None), fx.GraphModule):
                 self(body)
         options = self.options
-        set_settings(gm, Settings(options.exactness, options.constant_budget_mb * 2**20))
+        budget = options.constant_budget_mb * 2**20
+        set_settings(gm, Settings(options.exactness, budget, options.collectives))
         before = render(gm.graph, renumber=False) if self._keep_graphs else ""
         passes = [self._run(p, gm.graph) for p in (*PASSES, *options.extra_passes)]
         gm.recompile()
@@ -75,7 +76,7 @@ class Pipeline:
         if self.options.require or None in theirs:
             return None
         o = self.options
-        own = (o.exactness, o.disable, o.constant_budget_mb)
+        own = (o.exactness, o.disable, o.constant_budget_mb, o.collectives)
         return hashlib.sha256(repr((_own_hash(), own, theirs)).encode()).hexdigest()
 
 

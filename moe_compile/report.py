@@ -95,7 +95,14 @@ class Report:
 
 
 # These leave most of what they look at, and rightly so.
-_PICKY = ("hoist_constants", "choose_kernels", "choose_linear", "choose_attention")
+_PICKY = (
+    "lint_collectives",
+    "elide_all_reduces",
+    "hoist_constants",
+    "choose_kernels",
+    "choose_linear",
+    "choose_attention",
+)
 
 
 def _pass_lines(p: PassReport) -> list[str]:
@@ -105,6 +112,7 @@ def _pass_lines(p: PassReport) -> list[str]:
     lines = [
         f"  {p.name}: {len(rewrites)} rewritten, {len(declined)} declined, {p.seconds * 1e3:.1f} ms"
     ]
+    lines += [f"    ! {_place(e)}: {e.detail}" for e in p.outcome.mistakes]
     lines += [f"    + {_place(e)}: {e.detail}" for e in rewrites]
     lines += [f"    - {_place(e)}: declined, {e.detail}" for e in declined]
     return lines

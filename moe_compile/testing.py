@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from moe_compile._ranks import run_ranks
 from moe_compile.capture import visit_graphs
 from moe_compile.passes import PASSES
 from moe_compile.passes._constants import constants_of
@@ -24,6 +25,7 @@ __all__ = [
     "render",
     "run_graph",
     "run_passes",
+    "run_ranks",
     "section",
 ]
 

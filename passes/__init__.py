@@ -7,15 +7,21 @@ from moe_compile.passes._outcome import Pass
 from moe_compile.passes.choose_attention import choose_attention
 from moe_compile.passes.choose_kernels import choose_kernels
 from moe_compile.passes.choose_linear import choose_linear
+from moe_compile.passes.drop_marks import drop_marks
+from moe_compile.passes.elide_all_reduces import elide_all_reduces
 from moe_compile.passes.find_activation import find_activation
 from moe_compile.passes.find_experts import find_experts
 from moe_compile.passes.find_routing import find_routing
 from moe_compile.passes.hoist_constants import hoist_constants
+from moe_compile.passes.lint_collectives import lint_collectives
 
 PASSES: tuple[Pass, ...] = (
     find_experts,
     find_routing,
     find_activation,
+    lint_collectives,
+    elide_all_reduces,
+    drop_marks,
     hoist_constants,
     choose_kernels,
     choose_linear,

@@ -26,9 +26,13 @@ class Outcome:
 
     rewrites: list[Event] = field(default_factory=list)
     declined: list[Event] = field(default_factory=list)
+    mistakes: list[Event] = field(default_factory=list)  # of the model, found by a lint
 
     def rewrote(self, node: fx.Node, detail: str) -> None:
         self.rewrites.append(Event(layer_of(node), source_of(node), detail))
+
+    def mistake(self, node: fx.Node, text: str) -> None:
+        self.mistakes.append(Event(layer_of(node), source_of(node), text))
 
     def decline(self, node: fx.Node, reason: str) -> None:
         self.declined.append(Event(layer_of(node), source_of(node), reason))

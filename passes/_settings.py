@@ -11,10 +11,14 @@ _KEY = "moe_compile"
 
 @dataclass(frozen=True)
 class Settings:
-    """`constant_budget`: bytes that the live constants of one graph may take."""
+    """`constant_budget`: bytes that the live constants of one graph may take.
+
+    `collectives`: what a mistake in the model's collectives is, "warn", "error" or "ignore".
+    """
 
     exactness: Exactness = "reassociating"
     constant_budget: int = 2**30
+    collectives: str = "warn"
 
 
 def set_settings(gm: fx.GraphModule, settings: Settings) -> None:

@@ -21,6 +21,8 @@ FOREIGN_WARNINGS = [
     "ignore:TypedStorage is deprecated:UserWarning",
     # torch 2.11: a CUDA build's profiler, about cycles that no test uses.
     "ignore:Warning. Profiler clears events at the end of each cycle:UserWarning",
+    # Triton 3.6's interpreter (with the numpy below 2.4 that it needs).
+    "ignore:Conversion of an array with ndim > 0 to a scalar is deprecated:DeprecationWarning",
     # Triton 3.9 announces a default of 3.10 at the first compile for a GPU.
     "ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning",
 ]

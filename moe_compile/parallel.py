@@ -1,0 +1,141 @@
+"""What a model says of its parallelism: marks, own parts, and who reduces after the experts.
+
+`group` is a ProcessGroup, a one-dimensional DeviceMesh, a pair (mesh, dim), or a group's name; None
+is all ranks of the job.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_group_size_by_name
+
+from moe_compile.ops import moe
+from moe_compile.ops.mark_placement import check_mark
+from moe_compile.passes.lint_collectives import CollectivesWarning
+
+__all__ = [
+    "CollectivesWarning",
+    "mark_partial",
+    "mark_replicated",
+    "mark_shard",
+    "post_experts_all_reduce",
+    "shard",
+    "should_skip_post_experts_all_reduce",
+]
+
+
+def mark_replicated(x: Tensor, group: Any = None) -> Tensor:
+    """x, of which every rank of the group holds the same; says so to the compiler."""
+    return _mark(x, "replicated", 0, group)
+
+
+def mark_partial(x: Tensor, group: Any = None) -> Tensor:
+    """x, the sum of which over just the ranks of this group is the value meant.
+
+    Also for what only one rank adds (`if rank == 0: y = y + mark_partial(shared)`), and for a
+    partial sum that is returned on purpose.
+    """
+    return _mark(x, "partial", 0, group)
+
+
+def mark_shard(x: Tensor, dim: int, group: Any = None) -> Tensor:
+    """x, the rank's part along `dim` of a value that the group holds together, in rank order."""
+    return _mark(x, "shard", dim, group)
+
+
+def _mark(x: Tensor, kind: str, dim: int, group: Any) -> Tensor:
+    check_mark(x, kind, dim)
+    if not torch.compiler.is_compiling():
+        return x
+    return moe.mark_placement(x, kind, dim, _name_of(group))  # type: ignore[no-any-return]
+
+
+def shard(x: Tensor, dim: int = 0, group: Any = None) -> Tensor:
+    """The rank's own part along `dim` of a value that every rank of the group holds.
+
+    Say this and not `x.chunk(n)[rank]`: the graph is then the same on every rank, and an all-reduce
+    before it can become a reduce-scatter.
+    Shapes: x [.., D, ..] -> [.., D / n, ..]. Errors: ValueError if n ranks do not divide D.
+    """
+    name = _name_of(group)
+    return moe.shard(x, dim, _get_group_size_by_name(name), name)  # type: ignore[no-any-return]
+
+
+def _name_of(group: Any) -> str:
+    if isinstance(group, str):
+        return group
+    group = dist.group.WORLD if group is None else group
+    return funcol._resolve_group_name(group)  # type: ignore[no-any-return]
+
+
+def should_skip_post_experts_all_reduce(
+    *,
+    is_tp_path: bool,
+    use_reduce_scatter: bool = False,
+    should_allreduce_fusion: bool = False,
+    dp_reduce_scatterv: bool = False,
+    fp4_all_gather: bool = False,
+) -> bool:
+    """Does somebody else reduce what the experts return, so that the layer must not?
+
+    is_tp_path: asked for the all-reduce over the ranks that share an expert's features; False for
+        that over the ranks that own different experts.
+    use_reduce_scatter: the layer's caller reduce-scatters.
+    should_allreduce_fusion: the next layer's norm reduces.
+    dp_reduce_scatterv: with attention on parts of the batch, a reduce-scatter gives each rank its
+        own tokens back.
+    fp4_all_gather: the dispatch all-gathers quantised tokens, and its combine reduce-scatters
+        over tensor parallelism; ranks of other experts hold other tokens there.
+    Source: SGLang 0.5.12, whose table this is; every row is a test.
+    Errors: ValueError for dp_reduce_scatterv with fp4_all_gather, which exclude each other.
+    """
+    if dp_reduce_scatterv and fp4_all_gather:
+        raise ValueError(
+            "should_skip_post_experts_all_reduce: expected dp_reduce_scatterv or fp4_all_gather, "
+            "got both"
+        )
+    if should_allreduce_fusion or use_reduce_scatter or dp_reduce_scatterv:
+        return True
+    return fp4_all_gather and is_tp_path
+
+
+def post_experts_all_reduce(
+    x: Tensor,
+    *,
+    tp_group: Any = None,
+    ep_group: Any = None,
+    use_reduce_scatter: bool = False,
+    should_allreduce_fusion: bool = False,
+    dp_reduce_scatterv: bool = False,
+    fp4_all_gather: bool = False,
+) -> Tensor:
+    """The experts' output, reduced over the groups given unless somebody else reduces it.
+
+    x: partial over `ep_group` (each rank computed its own experts), `tp_group` (each computed its
+    own features of all experts), or both; a group of None, or of one rank, is none. The switches
+    are those of `should_skip_post_experts_all_reduce`, the one place that decides. Under
+    torch.compile over both groups, where the ranks of both are all ranks, one all-reduce does.
+    """
+    for group, is_tp_path in ((ep_group, False), (tp_group, True)):
+        if group is None:
+            continue
+        if should_skip_post_experts_all_reduce(
+            is_tp_path=is_tp_path,
+            use_reduce_scatter=use_reduce_scatter,
+            should_allreduce_fusion=should_allreduce_fusion,
+            dp_reduce_scatterv=dp_reduce_scatterv,
+            fp4_all_gather=fp4_all_gather,
+        ):
+            continue
+        name = _name_of(group)
+        if _get_group_size_by_name(name) > 1:
+            x = _all_reduce(x, name)
+    return x
+
+
+def _all_reduce(x: Tensor, name: str) -> Tensor:
+    made = torch.ops._c10d_functional.all_reduce(x, "sum", name)
+    return torch.ops._c10d_functional.wait_tensor(made)  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+from moe_compile._facts import facts_of, place_inputs
 from moe_compile.capture import normalize
 from moe_compile.constants import LiveGraph
 from moe_compile.options import parse_options
@@ -29,9 +30,11 @@ def moe_compile(
     """
     ours, patches = parse_options(mode, options)
     pipeline = Pipeline(ours)
+    facts = facts_of(example_inputs)
 
     def inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
         normalize(gm, example_inputs, how)
+        place_inputs(gm, facts)
         pipeline(gm)
         constants = constants_of(gm.graph)
         if not constants:

@@ -12,6 +12,7 @@ from torch._inductor.compile_fx import compile_fx, fake_tensor_prop
 from torch._inductor.fx_passes.post_grad import reorder_for_locality, view_to_reshape
 from torch._inductor.virtualized import V
 
+from moe_compile._facts import facts_of, place_inputs
 from moe_compile.passes._graph import clean, mark_parameter
 from moe_compile.pipeline import cache_key
 
@@ -67,12 +68,15 @@ def visit_graphs(
     passes) up to our passes; then the call goes on uncompiled.
     """
 
-    def stop(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
-        normalize(gm, example_inputs, how)
-        look(gm)
-        raise _Stop
-
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        facts = facts_of(example_inputs)
+
+        def stop(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
+            normalize(gm, example_inputs, how)
+            place_inputs(gm, facts)
+            look(gm)
+            raise _Stop
+
         # A key of None: an artifact from AOTAutograd's cache would not come by the inner compile.
         with suppress(_Stop):
             compile_fx(

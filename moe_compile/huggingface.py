@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_compile._facts import mark_parameters
 from moe_compile.ops import moe
 from moe_compile.options import parse_options
 
@@ -87,6 +88,7 @@ def prepare(
         )
     from transformers import CompileConfig
 
+    _mark_parallel(model)
     on_cpu = model.device.type == "cpu"
     mode = None if on_cpu or mode == "default" else mode
     parse_options(mode, options)  # a wrong key fails here, not in the first decode step
@@ -102,6 +104,15 @@ def prepare(
     generation_config.cache_implementation = "static"
     generation_config.compile_config = config
     return model
+
+
+def _mark_parallel(model: Any) -> None:
+    """What transformers' parallel plans guarantee: what they do not shard, all ranks hold."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or getattr(model, "_tp_size", None) in (None, 1):
+        return
+    group = mesh.get_group() if mesh.ndim == 1 else mesh["tp"].get_group()
+    mark_parameters(model, group)
 
 
 if "transformers" in sys.modules:

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
-from torch import Tensor
-from torch.distributed.distributed_c10d import _get_group_size_by_name
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_group_size_by_name, _resolve_process_group
 
+from moe_compile._facts import mark_parameters
 from moe_compile.ops import moe
 from moe_compile.ops.mark_placement import check_mark
 from moe_compile.passes.lint_collectives import CollectivesWarning
 
 __all__ = [
     "CollectivesWarning",
+    "mark_parameters_replicated",
     "mark_partial",
     "mark_replicated",
     "mark_shard",
@@ -46,6 +48,15 @@ def mark_shard(x: Tensor, dim: int, group: Any = None) -> Tensor:
     return _mark(x, "shard", dim, group)
 
 
+def mark_parameters_replicated(module: nn.Module, group: Any = None) -> None:
+    """Say that all ranks of the group hold the same in the module's parameters and buffers.
+
+    DTensors say for themselves, and are left out. `moe_compile.prepare` does this for transformers'
+    models with a tensor- or expert-parallel plan. Call it before the compile.
+    """
+    mark_parameters(module, _resolve_process_group(_name_of(group)))
+
+
 def _mark(x: Tensor, kind: str, dim: int, group: Any) -> Tensor:
     check_mark(x, kind, dim)
     if not torch.compiler.is_compiling():
@@ -65,10 +76,16 @@ def shard(x: Tensor, dim: int = 0, group: Any = None) -> Tensor:
 
 
 def _name_of(group: Any) -> str:
+    """The name by which graphs call a group; in a form that Dynamo traces."""
     if isinstance(group, str):
         return group
-    group = dist.group.WORLD if group is None else group
-    return funcol._resolve_group_name(group)  # type: ignore[no-any-return]
+    if group is None:
+        group = dist.group.WORLD
+    elif isinstance(group, tuple):
+        group = group[0].get_group(group[1])
+    elif isinstance(group, DeviceMesh):
+        group = group.get_group()
+    return group.group_name  # type: ignore[no-any-return]
 
 
 def should_skip_post_experts_all_reduce(

@@ -55,7 +55,7 @@ class Rewriter:
 
     def drop(self, value: fx.Node) -> None:
         """Erase a wait that nothing uses, which plain dead-code elimination keeps, and its call."""
-        if value.users or not is_call(value, WAIT):
+        if value._erased or value.users or not is_call(value, WAIT):
             return
         made = args(value)[0]
         self.graph.erase_node(value)

@@ -32,7 +32,7 @@ class Outcome:
         self.rewrites.append(Event(layer_of(node), source_of(node), detail))
 
     def mistake(self, node: fx.Node, text: str) -> None:
-        self.mistakes.append(Event(layer_of(node), source_of(node), text))
+        self.mistakes.append(Event(layer_of(node), trail_of(node) or source_of(node), text))
 
     def decline(self, node: fx.Node, reason: str) -> None:
         self.declined.append(Event(layer_of(node), source_of(node), reason))
@@ -69,10 +69,25 @@ def layer_of(node: fx.Node) -> str:
 
 def source_of(node: fx.Node) -> str:
     """The innermost line of the model's own code: "modeling_mixtral.py:87: y = self.gate(x)"."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', trace)
+    frames = _frames(node)
     mine = [f for f in frames if "/torch/" not in f[0] and "/integrations/moe.py" not in f[0]]
-    if not (mine or frames):
-        return ""
-    path, line, code = (mine or frames)[-1]
+    return _shown((mine or frames)[-1]) if mine or frames else ""
+
+
+def trail_of(node: fx.Node, most: int = 3) -> str:
+    """The innermost lines of the model's own code, callers first: "a.py:3: f(x) > b.py:9: ..."."""
+    mine = [f for f in _frames(node) if "/torch/" not in f[0] and _OWN not in f[0]]
+    return " > ".join(map(_shown, mine[-most:]))
+
+
+_OWN = "/moe_compile/parallel.py"
+
+
+def _frames(node: fx.Node) -> list[tuple[str, str, str]]:
+    trace = node.meta.get("stack_trace") or ""
+    return re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', trace)
+
+
+def _shown(frame: tuple[str, str, str]) -> str:
+    path, line, code = frame
     return f"{path.rsplit('/', 1)[-1]}:{line}: {code.strip()}"

@@ -17,6 +17,8 @@ class Placement:
     replicated: equal on all ranks. `sure`: by collectives and facts alone; else it also rests on
         whole numbers in the graph being the same on every rank, and no rank's index.
         `nth`: divided by the group's size, so that adding it on every rank adds it once.
+        `whole`: an integer that a whole number of the graph went into, which could be a rank's
+        index. As a position it is fine; compared or indexed with, it is unknown.
     partial: the sum over the ranks is the value meant. `exact`: of this group and no larger one.
         `inner`: subgroups over which it has been summed already.
     shard: the ranks hold its parts along `dim`; EXPERTS for rows of the experts that each owns.
@@ -29,6 +31,7 @@ class Placement:
     origin: fx.Node | None = field(default=None, compare=False)
     sure: bool = field(default=True, compare=False)
     nth: bool = False
+    whole: bool = False
     exact: bool = field(default=False, compare=False)
     inner: tuple[Group, ...] = ()
 
@@ -64,7 +67,7 @@ def replicated(origin: fx.Node | None = None, *, sure: bool = True) -> Placement
     return Placement("replicated", origin=origin, sure=sure)
 
 
-def partial(origin: fx.Node, *, exact: bool = False) -> Placement:
+def partial(origin: fx.Node | None, *, exact: bool = False) -> Placement:
     return Placement("partial", origin=origin, exact=exact)
 
 

@@ -54,7 +54,8 @@ def reduce_sums_once(r: Rewriter, c: Collective) -> None:
     whole = [t for t in mine if t.reduced is not None and _is_used_once(t)]
     if len(mine) > 1 and len(whole) < len(mine):
         r.decline(c.value, "reduced values of one sum are used elsewhere, too")
-    if len(whole) < 2 or not any(t.reduced == c for t in whole) or not r.allows(c):
+    several = len({t.reduced.value for t in whole if t.reduced is not None}) > 1
+    if not several or not any(t.reduced == c for t in whole) or not r.allows(c):
         return
     rest = [t for t in terms if t not in whole]
     with r.graph.inserting_before(root):

@@ -21,6 +21,7 @@ from moe_compile.passes._graph import (
     CASTS,
     COPIES,
     RESHAPES,
+    SQUEEZES,
     arg,
     args,
     aten,
@@ -31,6 +32,7 @@ from moe_compile.passes._graph import (
     same,
     val,
 )
+from moe_compile.passes._outcome import trail_of
 from moe_compile.passes._placement import (
     EXPERTS,
     Placement,
@@ -72,10 +74,12 @@ class Here:
 def transfer(here: Here) -> Placement:
     """The placement of `here.node`'s value."""
     node = here.node
+    found = [here.of(n) for n in here.inputs]
+    if any(p.whole for p in found):
+        return _with_whole_numbers(here, found)
     rule = _RULES.get(node.target)
     if rule is not None:
         return rule(here)
-    found = [here.of(n) for n in here.inputs]
     if not found:
         return _made_from_nothing(node)
     tags = getattr(node.target, "tags", ())
@@ -90,15 +94,36 @@ def transfer(here: Here) -> Placement:
     return _why(found) or unknown(f"no rule for {_name(node)} of {_kinds(found)}")
 
 
+def _with_whole_numbers(here: Here, found: list[Placement]) -> Placement:
+    """Positions stay what they are until they become floats; a rank's index must not pass."""
+    node = here.node
+    if all(p.is_replicated for p in found):
+        if is_call(node, *CASTS) and val(node).is_floating_point():
+            return replicated(sure=False)
+        if is_call(node, *_INTEGER, *RESHAPES, *COPIES, *SQUEEZES, aten.expand.default):
+            return replace(replicated(sure=False), whole=True)
+        if _is_distance(node):
+            return replicated(sure=False)
+    return unknown("an integer with a whole number in it, which could be a rank's")
+
+
+def _is_distance(node: fx.Node) -> bool:
+    """Is this a comparison of how far two positions are apart, as in a causal mask?"""
+    source = args(node)[0] if node.args else None
+    ordered = is_call(node, aten.le.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar)
+    between = is_call(source, aten.sub.Tensor) and all(map(has_val, args(source)[:2]))
+    return ordered and between and val(source).ndim > 1
+
+
 def _made_from_nothing(node: fx.Node) -> Placement:
     if is_call(node, prims.iota.default):
         start = node.kwargs.get("start", 0)
-        return replicated(sure=False) if start == 0 else unknown("it counts from a literal")
+        return replace(replicated(sure=False), whole=start != 0)
     if is_call(node, aten.full.default, aten.scalar_tensor.default):
         value = constant(node)
         if isinstance(value, float) and not value.is_integer():
             return replicated()
-        if isinstance(value, float) or value is True:
+        if isinstance(value, float) or val(node).is_floating_point() or value is True:
             return replicated(sure=False)
         return unknown("a whole number, which could be a rank's")
     if is_call(node, aten.empty.memory_format):
@@ -118,8 +143,8 @@ def _all_replicated(here: Here, found: list[Placement]) -> Placement:
 def _pointwise(here: Here) -> Placement:
     node = here.node
     found = [here.of(n) for n in here.inputs]
-    if _is_suspicious(node):
-        return unknown("an integer tensor and a whole number, which could be a rank's")
+    if _is_suspicious(node) and not (_is_distance(node) and _all(found)):
+        return _with_whole_numbers(here, found)
     if (p := _first(found, "partial")) is not None:
         return _linear(here, p)
     if why := _why(found):
@@ -220,10 +245,15 @@ def _reshape(here: Here) -> Placement:
         return p
     old, new = list(val(source).shape), list(val(here.node).shape)
     before = math.prod(old[: p.dim])
-    for dim, size in enumerate(new):
-        if same(math.prod(new[:dim]), before) and not same(size, 1):
-            return p.moved(dim)
-    return unknown("shards of a dim that is split or merged")
+    dims = [d for d in range(len(new)) if same(math.prod(new[:d]), before)]
+    if not dims:
+        return unknown("shards of a dim that is split or merged")
+    asked = args(here.node)[1] if is_call(here.node, *RESHAPES) else ()
+    # Of several, as when 16 become 1 x 16, the one that the model left open: it is the local one.
+    open_ones = [d for d in dims if d < len(asked) and isinstance(asked[d], int) and asked[d] == -1]
+    return p.moved(
+        next((d for d in (*open_ones, *dims) if d in open_ones or not same(new[d], 1)), dims[0])
+    )
 
 
 def _permute(here: Here) -> Placement:
@@ -472,6 +502,10 @@ def _strict(here: Here) -> Placement:
 # Helpers
 
 
+def _all(found: list[Placement]) -> bool:
+    return all(p.is_replicated for p in found)
+
+
 def _first(found: list[Placement], kind: str) -> Placement | None:
     return next((p for p in found if p.kind == kind), None)
 
@@ -489,9 +523,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _made(p: Placement) -> str:
-    from moe_compile.passes._outcome import source_of
-
-    source = source_of(p.origin) if p.origin is not None else ""
+    source = trail_of(p.origin, 1) if p.origin is not None else ""
     return f" (made at {source})" if source else ""
 
 
@@ -527,6 +559,7 @@ def _is_known(target: Any) -> bool:
 
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
+_INTEGER = (*_SUMS, aten.mul.Tensor, aten.mul.Scalar)
 _UNARY = (*CASTS, *COPIES, aten.neg.default)
 _NONLINEAR = ("aten.topk", "aten.sort", "aten._softmax", "aten.argmax", "aten.max", "aten.min")
 _RULES: dict[Any, Callable[[Here], Placement]] = {

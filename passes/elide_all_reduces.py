@@ -20,8 +20,8 @@ def elide_all_reduces(graph: fx.Graph) -> Outcome:
         arg0_1: f32[4, 8]
         arg1_1: f32[4, 8]
         all_reduce: f32[4, 8] = _c10d_functional.all_reduce(arg0_1, 'sum', '0')
-        wait_tensor: f32[4, 8] = _c10d_functional.wait_tensor(all_reduce)
         all_reduce_1: f32[4, 8] = _c10d_functional.all_reduce(arg1_1, 'sum', '0')
+        wait_tensor: f32[4, 8] = _c10d_functional.wait_tensor(all_reduce)
         wait_tensor_1: f32[4, 8] = _c10d_functional.wait_tensor(all_reduce_1)
         add: f32[4, 8] = aten.add.Tensor(wait_tensor, wait_tensor_1)
         return [add]

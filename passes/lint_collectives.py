@@ -5,7 +5,7 @@ import warnings
 from torch import fx
 
 from moe_compile.passes._collectives import ALL_REDUCE, REDUCE_SCATTER, collectives
-from moe_compile.passes._outcome import Outcome, exactness, layer_of, source_of
+from moe_compile.passes._outcome import Outcome, exactness, layer_of, trail_of
 from moe_compile.passes._settings import settings_of
 from moe_compile.passes.placements import Placements
 
@@ -37,7 +37,7 @@ def lint_collectives(graph: fx.Graph) -> Outcome:
     seen = set()
     for finding in placements.findings:
         text = f"{finding.kind}: {finding.text}"
-        where = source_of(finding.node)
+        where = trail_of(finding.node)
         if (where, text) in seen:
             continue
         seen.add((where, text))

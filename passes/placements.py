@@ -28,6 +28,7 @@ from moe_compile.passes._collectives import (
     groups_of,
 )
 from moe_compile.passes._graph import args, has_val, is_call, val
+from moe_compile.passes._outcome import trail_of
 from moe_compile.passes._placement import Placement, partial, replicated, shard, unknown
 from moe_compile.passes._transfer import Here, is_divided, transfer
 
@@ -112,6 +113,8 @@ class Placements:
             return partial(node, exact=True) if kind == "partial" else replicated(node)
         if marked and kind == "replicated" and set(group.ranks) <= set(marked.ranks):
             return replicated(node)
+        if marked and kind != "replicated" and len(set(marked.ranks) & set(group.ranks)) > 1:
+            return unknown(f"it is marked for {marked}")
         return self._of(x, group)
 
     def _shard(self, node: fx.Node, group: Group) -> Placement:
@@ -208,7 +211,5 @@ _MESH = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER)
 
 
 def _from(found: Placement) -> str:
-    from moe_compile.passes._outcome import source_of
-
-    source = source_of(found.origin) if found.origin is not None else ""
+    source = trail_of(found.origin, 1) if found.origin is not None else ""
     return f" (since {source})" if source else ""

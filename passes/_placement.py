@@ -19,6 +19,8 @@ class Placement:
         `nth`: divided by the group's size, so that adding it on every rank adds it once.
         `whole`: an integer that a whole number of the graph went into, which could be a rank's
         index. As a position it is fine; compared or indexed with, it is unknown.
+        `table`: computed from positions, constants and parameters, as rotary embeddings and masks
+        are; a part of one is no part of anything that ranks would add up.
     partial: the sum over the ranks is the value meant. `exact`: of this group and no larger one.
         `inner`: subgroups over which it has been summed already.
     shard: the ranks hold its parts along `dim`; EXPERTS for rows of the experts that each owns.
@@ -32,6 +34,7 @@ class Placement:
     sure: bool = field(default=True, compare=False)
     nth: bool = False
     whole: bool = False
+    table: bool = field(default=False, compare=False)
     exact: bool = field(default=False, compare=False)
     inner: tuple[Group, ...] = ()
 

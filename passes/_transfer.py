@@ -28,8 +28,11 @@ from moe_compile.passes._graph import (
     constant,
     has_val,
     is_call,
+    is_parameter,
     prims,
     same,
+    strip,
+    strip_views,
     val,
 )
 from moe_compile.passes._outcome import trail_of
@@ -96,26 +99,47 @@ def transfer(here: Here) -> Placement:
 
 def _with_whole_numbers(here: Here, found: list[Placement]) -> Placement:
     """Positions stay what they are until they become floats; a rank's index must not pass."""
-    node = here.node
-    if all(p.is_replicated for p in found):
+    node, like = here.node, _all_replicated(here, found).unsure()
+    if _all(found):
         if is_call(node, *CASTS) and val(node).is_floating_point():
-            return replicated(sure=False)
+            return like
         if is_call(node, *_INTEGER, *RESHAPES, *COPIES, *SQUEEZES, aten.expand.default):
-            return replace(replicated(sure=False), whole=True)
-        if _is_distance(node):
-            return replicated(sure=False)
+            return replace(like, whole=True)
+        if like.table and is_call(node, aten.slice.Tensor, aten.cat.default):
+            return replace(like, whole=True)
+        if like.table and is_call(node, aten.index.Tensor):
+            return replace(like, whole=found[0].whole)
+        if _is_distance(node) or (like.table and _is_order(node)):
+            return like
     return unknown("an integer with a whole number in it, which could be a rank's")
 
 
 def _is_distance(node: fx.Node) -> bool:
-    """Is this a comparison of how far two positions are apart, as in a causal mask?"""
+    """Is this a comparison of how far positions are apart, as in a causal mask?
+
+    A rank's offset drops out where both come from the same positions (`p[1:] - p[:-1] != 1`); in an
+    order of two different ones it is no mask of a rank.
+    """
     source = args(node)[0] if node.args else None
+    if not is_call(source, aten.sub.Tensor) or not all(map(has_val, args(source)[:2])):
+        return False
+    a, b = (strip(x, aten.slice.Tensor) for x in args(source)[:2])
+    same_base = a is b and is_call(node, aten.eq.Scalar, aten.ne.Scalar)
     ordered = is_call(node, aten.le.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar)
-    between = is_call(source, aten.sub.Tensor) and all(map(has_val, args(source)[:2]))
-    return ordered and between and val(source).ndim > 1
+    return same_base or (ordered and val(source).ndim > 1)
+
+
+def _is_order(node: fx.Node) -> bool:
+    """Are two tables of positions compared, each with each?"""
+    ordered = is_call(node, aten.le.Tensor, aten.lt.Tensor, aten.ge.Tensor, aten.gt.Tensor)
+    return ordered and val(node).ndim > 1
 
 
 def _made_from_nothing(node: fx.Node) -> Placement:
+    return replace(_constant(node), table=True)
+
+
+def _constant(node: fx.Node) -> Placement:
     if is_call(node, prims.iota.default):
         start = node.kwargs.get("start", 0)
         return replace(replicated(sure=False), whole=start != 0)
@@ -134,7 +158,10 @@ def _made_from_nothing(node: fx.Node) -> Placement:
 def _all_replicated(here: Here, found: list[Placement]) -> Placement:
     sure = all(p.sure for p in found) and not _literals(here.node)
     origin = next((p.origin for p in found if p.origin is not None), None)
-    return replicated(origin, sure=sure)
+    pairs = zip(here.inputs, found, strict=False)  # those asked about come first
+    of_table = [p.table or is_parameter(strip_views(n)) for n, p in pairs]
+    table = all(of_table) and any(p.table for p in found)
+    return replace(replicated(origin, sure=sure), table=table)
 
 
 # Pointwise
@@ -297,6 +324,8 @@ def _slice(here: Here) -> Placement:
         return p
     if p.is_shard:
         return p if p.dim != dim else unknown("a slice of shards")
+    if p.table:
+        return p.unsure()
     step = arg(here.node, 4, "step", 1)
     if step == 1 and same(part * here.group.size, whole):
         others = [u for u in source.users if u is not here.node and u.target is here.node.target]

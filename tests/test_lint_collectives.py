@@ -20,9 +20,9 @@ from moe_compile.testing import capture, run_passes
 T, H, F = 8, 16, 4  # tokens, hidden, features of one rank
 
 
-@pytest.fixture(scope="module", autouse=True)
-def mesh():
-    mesh = Mesh()
+@pytest.fixture(scope="module", autouse=True, params=[0, 3], ids=lambda rank: f"rank {rank}")
+def mesh(request):
+    mesh = Mesh(request.param)
     MESHES.append(mesh)
     yield mesh
     mesh.close()
@@ -272,6 +272,29 @@ def experts_by_rank(layer, x):  # expert parallelism by hand, with this rank's n
     return norm(all_reduce((mine.to(x.dtype).sum(-1, keepdim=True)) * x))
 
 
+def experts_by_range(layer, x):  # the same with the rank's experts counted out
+    x = replicated(x)
+    ids = (x @ replicated(layer.shared)).topk(2).indices
+    n = H // RANKS
+    own = torch.arange(n) + dist.get_rank() * n
+    mine = (ids[..., None] == own).any(-1).to(x.dtype)
+    return norm(all_reduce(mine.sum(-1, keepdim=True) * x))
+
+
+def experts_by_mask(layer, x):
+    x = replicated(x)
+    own = (torch.arange(H) // (H // RANKS) == dist.get_rank()).to(x.dtype)
+    return norm(all_reduce(x * own))
+
+
+def experts_by_bounds(layer, x):
+    x = replicated(x)
+    start = dist.get_rank() * (H // RANKS)
+    number = torch.arange(H)
+    own = (number >= start) & (number < start + H // RANKS)
+    return norm(all_reduce(torch.where(own, x, 0.0)))
+
+
 def embedding_by_rank(layer, x):  # vocabulary-parallel
     ids = replicated(x).argmax(-1)
     start = dist.get_rank() * F
@@ -315,6 +338,9 @@ CORRECT = [
     average_before,
     greatest_for_a_softmax,
     experts_by_rank,
+    experts_by_range,
+    experts_by_mask,
+    experts_by_bounds,
     embedding_by_rank,
     own_part_by_slice,
     data_parallel_sum,

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from moe_compile.ops._process_groups import known_groups
 from moe_compile.passes._collectives import Group
 from moe_compile.passes._placement import Placement, partial, replicated, shard, unknown
 from moe_compile.passes.placements import set_facts
@@ -72,6 +73,15 @@ def _is_of(placeholder: fx.Node, x: Any) -> bool:
     if not isinstance(value, Tensor) or not isinstance(x, Tensor):
         return isinstance(value, Tensor) == isinstance(x, Tensor)
     return value.dtype == x.dtype and value.ndim == x.ndim
+
+
+def ranks_key(facts: Sequence[tuple[Any, Facts]]) -> str:
+    """Names what passes know of ranks, for cache keys: graphs hold the names of groups alone."""
+    if not dist.is_initialized():
+        return ""
+    named = [(str(g.group_name), *dist.get_process_group_ranks(g)) for g in known_groups()]
+    mine = [[(g.ranks, p.kind, p.dim) for g, p in found] for _, found in facts]
+    return repr((sorted(named), mine))
 
 
 def mark_parameters(module: nn.Module, group: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-from moe_compile._facts import facts_of, place_inputs
+from moe_compile._facts import facts_of, place_inputs, ranks_key
 from moe_compile.capture import normalize
 from moe_compile.constants import LiveGraph
 from moe_compile.options import parse_options
@@ -53,7 +53,7 @@ def moe_compile(
         gm,
         list(example_inputs),
         inner_compile=inner,
-        config_patches={**patches, **cache_key(pipeline.key, patches)},
+        config_patches={**patches, **cache_key(pipeline.key, patches, ranks_key(facts))},
     )
     return compiled  # type: ignore[no-any-return]
 

@@ -7,13 +7,12 @@ is all ranks of the job.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _get_group_size_by_name, _resolve_process_group
 
 from moe_compile._facts import mark_parameters
 from moe_compile.ops import moe
+from moe_compile.ops._process_groups import group_size, process_group, world_group
 from moe_compile.ops.mark_placement import check_mark
 from moe_compile.passes.lint_collectives import CollectivesWarning
 
@@ -54,7 +53,7 @@ def mark_parameters_replicated(module: nn.Module, group: Any = None) -> None:
     DTensors say for themselves, and are left out. `moe_compile.prepare` does this for transformers'
     models with a tensor- or expert-parallel plan. Call it before the compile.
     """
-    mark_parameters(module, _resolve_process_group(_name_of(group)))
+    mark_parameters(module, process_group(_name_of(group)))
 
 
 def _mark(x: Tensor, kind: str, dim: int, group: Any) -> Tensor:
@@ -72,7 +71,7 @@ def shard(x: Tensor, dim: int = 0, group: Any = None) -> Tensor:
     Shapes: x [.., D, ..] -> [.., D / n, ..]. Errors: ValueError if n ranks do not divide D.
     """
     name = _name_of(group)
-    return moe.shard(x, dim, _get_group_size_by_name(name), name)  # type: ignore[no-any-return]
+    return moe.shard(x, dim, group_size(name), name)  # type: ignore[no-any-return]
 
 
 def _name_of(group: Any) -> str:
@@ -80,7 +79,7 @@ def _name_of(group: Any) -> str:
     if isinstance(group, str):
         return group
     if group is None:
-        group = dist.group.WORLD
+        group = world_group()
     elif isinstance(group, tuple):
         group = group[0].get_group(group[1])
     elif isinstance(group, DeviceMesh):
@@ -148,7 +147,7 @@ def post_experts_all_reduce(
         ):
             continue
         name = _name_of(group)
-        if _get_group_size_by_name(name) > 1:
+        if group_size(name) > 1:
             x = _all_reduce(x, name)
     return x
 

@@ -100,8 +100,14 @@ class _Key(CustomGraphPass):
         return None if None in (self._key, *theirs) else (self._key, *theirs)
 
 
-def cache_key(key: str | None, patches: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config patch for Inductor that sets the key; None bypasses both caches."""
+def cache_key(
+    key: str | None, patches: Mapping[str, Any] | None = None, ranks: str = ""
+) -> dict[str, Any]:
+    """The config patch for Inductor that sets the key; None bypasses both caches.
+
+    ranks: what else the passes look at, of process groups and of placements of inputs.
+    """
+    key = key if key is None or not ranks else f"{key} {ranks}"
     theirs = (patches or {}).get(HOOK, getattr(inductor_config, HOOK))
     return {HOOK: _Key(key, theirs)}
 

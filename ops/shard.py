@@ -10,10 +10,10 @@ Errors: ValueError if `dim` is out of range, or D is not a multiple of n.
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from moe_compile.ops._check import check
 from moe_compile.ops._library import define
+from moe_compile.ops._process_groups import process_group
 
 
 def shard_reference(x: Tensor, dim: int, group_size: int, rank: int) -> Tensor:
@@ -30,7 +30,7 @@ def _check(x: Tensor, dim: int, group_size: int) -> None:
 
 def _shard(x: Tensor, dim: int, group_size: int, group_name: str) -> Tensor:
     _check(x, dim, group_size)
-    rank = dist.get_rank(_resolve_process_group(group_name))
+    rank = dist.get_rank(process_group(group_name))
     length = x.shape[dim] // group_size
     return x.narrow(dim, rank * length, length).clone()
 

@@ -11,6 +11,7 @@ import torch.distributed._functional_collectives
 from torch import fx
 
 from moe_compile.ops import moe
+from moe_compile.ops._process_groups import process_group, world_group
 from moe_compile.passes._graph import args, aten, call, has_val, is_call, same_shape, val
 
 c10d = torch.ops._c10d_functional
@@ -23,7 +24,7 @@ BROADCAST = c10d.broadcast.default
 SHARD = moe.shard.default
 MARK = moe.mark_placement.default
 
-_GROUP_AT = {  # the argument that names the group
+_GROUP_AT: dict[Any, int] = {  # the argument that names the group
     ALL_REDUCE: 2,
     c10d.all_reduce_coalesced.default: 2,
     REDUCE_SCATTER: 3,
@@ -34,7 +35,7 @@ _GROUP_AT = {  # the argument that names the group
     c10d.all_to_all_single.default: 3,
 }
 COLLECTIVES = tuple(_GROUP_AT)
-_PLAIN = {  # coalesced form: the form for one tensor
+_PLAIN: dict[Any, Any] = {  # coalesced form: the form for one tensor
     c10d.all_reduce_coalesced.default: ALL_REDUCE,
     c10d.reduce_scatter_tensor_coalesced.default: REDUCE_SCATTER,
     c10d.all_gather_into_tensor_coalesced.default: ALL_GATHER,
@@ -94,7 +95,7 @@ def resolve(arg: Any) -> Group | None:
     """The group by the name that stands in the graph."""
     name = arg if isinstance(arg, str) else arg.meta["val"].group_name
     try:
-        group = dist.distributed_c10d._resolve_process_group(name)
+        group = process_group(name)
     except (RuntimeError, KeyError, ValueError):
         return None
     return Group(tuple(dist.get_process_group_ranks(group)), arg)
@@ -104,7 +105,7 @@ def world() -> Group | None:
     """All ranks, if there are several processes."""
     if not dist.is_initialized():
         return None
-    group = dist.group.WORLD
+    group = world_group()
     return Group(tuple(dist.get_process_group_ranks(group)), group.group_name)
 
 

@@ -28,9 +28,11 @@ from moe_compile.passes._collectives import (
     groups_of,
 )
 from moe_compile.passes._graph import args, has_val, is_call, val
+from moe_compile.passes._here import Here
 from moe_compile.passes._outcome import trail_of
 from moe_compile.passes._placement import Placement, partial, replicated, shard, unknown
-from moe_compile.passes._transfer import Here, is_divided, transfer
+from moe_compile.passes._transfer import transfer
+from moe_compile.passes._transfer_pointwise import is_divided
 
 _KEY = "moe_compile_placements"
 
@@ -87,7 +89,8 @@ class Placements:
             return self._shard(node, group)
         made = node.args[0] if node.args else None
         if isinstance(made, fx.Node) and isinstance(self._known[group].get(made), list):
-            return self._known[group][made][args(node)[1]]  # of a coalesced collective
+            several: list[Placement] = self._known[group][made]  # of a coalesced collective
+            return several[int(args(node)[1])]
 
         def of(value: Any) -> Placement:
             found = self._known[group].get(value) if isinstance(value, fx.Node) else None

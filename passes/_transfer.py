@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moe_compile.ops import moe
-from moe_compile.passes._graph import COPIES, RESHAPES, aten
+from moe_compile.passes._graph import CASTS, COPIES, RESHAPES, aten
 from moe_compile.passes._here import Here, first, first_unknown, joined, kinds, name_of
 from moe_compile.passes._placement import Placement, unknown
 from moe_compile.passes._transfer_pointwise import pointwise
@@ -77,7 +77,7 @@ _NONLINEAR = ("aten.topk", "aten.sort", "aten._softmax", "aten.argmax", "aten.ma
 
 
 _RULES: dict[Any, Callable[[Here], Placement]] = {
-    **dict.fromkeys((*COPIES, aten.detach.default), same_rule),
+    **dict.fromkeys((*COPIES, *CASTS, aten.detach.default), same_rule),
     **dict.fromkeys(RESHAPES, reshape_rule),
     **dict.fromkeys((aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims), reshape_rule),
     **dict.fromkeys((aten.squeeze.default,), reshape_rule),

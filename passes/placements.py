@@ -102,7 +102,8 @@ class Placements:
         self.findings.append(Finding(node, kind, text))
 
     def _fact(self, node: fx.Node, group: Group) -> Placement:
-        for g, p in node.meta.get(_KEY, ()):
+        facts: list[tuple[Group, Placement]] = node.meta.get(_KEY, [])
+        for g, p in facts:
             if g == group or (p.is_replicated and set(group.ranks) <= set(g.ranks)):
                 return replace(p, origin=node)
         return unknown(f"nothing says how the input {node.name} lies on the ranks")

@@ -258,10 +258,6 @@ def test_documented(mesh):
     assert_documented(elide_all_reduces, capture(fn, torch.randn(4, 8), torch.randn(4, 8)))
 
 
-def test_drop_marks_documented(mesh):
-    assert_documented(drop_marks, capture(lambda x: mark_replicated(x).sin(), torch.randn(4, 8)))
-
-
 def test_norm_on_own_part(mesh):
     gm = trace(lambda x: shard(rms_norm(all_reduce(x))), torch.randn(8, 4))
     run_passes(gm, elide_all_reduces)

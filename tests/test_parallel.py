@@ -13,15 +13,13 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.library import opcheck
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moe_compile
-from moe_compile.ops import moe
+from moe_compile._facts import facts_of, mark_parameters, ranks_key
 from moe_compile.parallel import (
     mark_parameters_replicated,
-    mark_partial,
     mark_replicated,
-    mark_shard,
     post_experts_all_reduce,
     shard,
     should_skip_post_experts_all_reduce,
@@ -97,45 +95,6 @@ def test_post_experts_all_reduce_asks_it(mesh, row, skips):
     assert sum(count_collectives(gm).values()) == min(1, len(groups))
 
 
-def test_marks_are_nothing_uncompiled():
-    x = torch.randn(4, 3)
-    assert mark_replicated(x) is x
-    assert mark_partial(x) is x
-    assert mark_shard(x, 1) is x
-
-
-def test_marks_and_parts_refuse_what_makes_no_sense(mesh):
-    x = torch.randn(6, 3)
-    with pytest.raises(ValueError, match=r"mark_placement: expected dim within the 2 of x, got 2"):
-        mark_shard(x, 2)
-    with pytest.raises(ValueError, match="mark_placement: expected kind among replicated, partial"):
-        moe.mark_placement(x, "whole", 0, "0")
-    with pytest.raises(ValueError, match=r"shard: expected x.shape\[0\] as a multiple of 4 ranks"):
-        shard(x)
-    with pytest.raises(ValueError, match=r"shard: expected dim within the 2 of x, got 5"):
-        shard(x, 5)
-    with pytest.raises(Exception, match=r"shard: expected x.shape\[0\] as a multiple of 4 ranks"):
-        capture(shard, x)
-
-
-@pytest.mark.parametrize("rank", range(4))
-@pytest.mark.parametrize("dim", [0, 1, -1])
-def test_own_part(rank, dim):
-    mesh = Mesh(rank)
-    try:
-        x = torch.randn(8, 4)
-        assert torch.equal(shard(x, dim), x.chunk(4, dim)[rank])
-        mine = shard(x, dim, mesh.column)
-        assert torch.equal(mine, x.chunk(2, dim)[rank // 2])
-    finally:
-        mesh.close()
-
-
-def test_opcheck(mesh):
-    opcheck(moe.shard.default, (torch.randn(8, 4), 0, 4, mesh.all.group_name))
-    opcheck(moe.mark_placement.default, (torch.randn(8, 4), "shard", 1, mesh.all.group_name))
-
-
 class Mlp(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -180,6 +139,20 @@ def test_facts_from_marked_parameters(mesh):
     placements = Placements(gm.graph)
     kinds = {str(placements.of(n, placements.groups[0])) for n in gm.graph.nodes if "mm" in n.name}
     assert kinds == {"replicated"}
+
+
+def test_caches_tell_apart_what_graphs_do_not(mesh):
+    """A graph holds the names of groups, and nothing of what is known of its inputs."""
+    x = torch.nn.Parameter(torch.randn(4))
+    plain = ranks_key(facts_of([x]))
+    mark_parameters(torch.nn.ParameterList([x]), mesh.all)
+    marked = ranks_key(facts_of([x]))
+    dist.new_group([0, 3])
+    assert len({plain, marked, ranks_key(facts_of([x]))}) == 3
+    mesh.close()
+    assert ranks_key([]) == ""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    assert ranks_key(facts_of([x])) not in (plain, marked)
 
 
 # Real processes

@@ -39,7 +39,8 @@ def test_inductors_own_keys_pass_with_either_spelling():
         (
             {"exactnes": "bitwise"},
             r"moe_compile: expected options among collectives, constant_budget_mb, disable, "
-            r"exactness, extra_passes, mode, require or Inductor's own, got 'exactnes' \(close to exactness",
+            r"exactness, extra_passes, mode, require or Inductor's own, "
+            r"got 'exactnes' \(close to exactness",
         ),
         (
             {"exactness": "exact"},

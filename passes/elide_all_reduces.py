@@ -2,7 +2,12 @@
 
 from torch import fx
 
-from moe_compile.passes._collectives import COLLECTIVES, SHARD, collectives
+from moe_compile.passes._collectives import (
+    COLLECTIVES,
+    SHARD,
+    collective_of,
+    collectives,
+)
 from moe_compile.passes._elide import ELISIONS, Rewriter
 from moe_compile.passes._graph import clean, is_call
 from moe_compile.passes._outcome import Outcome, exactness
@@ -57,7 +62,8 @@ def _round(rewriter: Rewriter) -> bool:
     before = rewriter.count
     rewriter.declined.clear()
     for rule in (*ELISIONS, push_shards_up, reduce_sums_once):
-        for found in collectives(rewriter.graph):
-            if not found.value._erased and not found.call._erased:
+        for value in [c.value for c in collectives(rewriter.graph)]:
+            # Looked at anew: a rewrite before may have changed what it is given.
+            if not value._erased and (found := collective_of(value)) is not None:
                 rule(rewriter, found)
     return rewriter.count > before

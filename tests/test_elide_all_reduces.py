@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from expecttest import assert_expected_inline
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ranks import (
     RANKS,
     Mesh,
@@ -290,55 +288,3 @@ def test_no_output_shares_memory_with_an_input(mesh):
     run_passes(gm, elide_all_reduces)
     x = torch.randn(8, 4)
     assert gm(x)[0].data_ptr() != x.data_ptr()
-
-
-STEPS = st.lists(
-    st.tuples(st.integers(0, 11), st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=9
-)
-
-
-def program(plan, mesh):
-    """A program of sums, products and collectives, the same on every rank."""
-
-    def fn(x):
-        pool = [x, x.sin(), x.cos()]
-        for kind, i, j in plan:
-            a, b = pool[i % len(pool)], pool[j % len(pool)]
-            pool.append(STEP[kind](a, b, mesh))
-        return pool[-1] + pool[-2], pool[-3]
-
-    return fn
-
-
-STEP = [
-    lambda a, b, m: a + b,
-    lambda a, b, m: a - 0.5 * b,
-    lambda a, b, m: torch.tanh(a),
-    lambda a, b, m: all_reduce(a) * 0.25,
-    lambda a, b, m: a - all_reduce(b) * 0.125,
-    lambda a, b, m: all_gather(reduce_scatter(a)) * 0.25,
-    lambda a, b, m: reduce_scatter(all_gather(a)) * 0.25,
-    lambda a, b, m: all_reduce(a, op="max"),
-    lambda a, b, m: all_reduce(a, m.row) * 0.5,
-    lambda a, b, m: all_reduce(a, m.column) + b,
-    lambda a, b, m: all_gather(shard(rms_norm(all_reduce(a)))),
-    lambda a, b, m: all_reduce(a) + all_reduce(b),
-]
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(plan=STEPS)
-def test_random_programs_give_the_same_on_every_rank(plan):
-    mesh = MESH[0]
-    _, _, was, now = before_and_after(program(plan, mesh), mesh.parts, elide_all_reduces)
-    assert sum(now.values()) <= sum(was.values())
-
-
-MESH = []
-
-
-@pytest.fixture(autouse=True, scope="module")
-def remember(mesh):
-    MESH.append(mesh)
-    yield
-    MESH.clear()

@@ -25,7 +25,8 @@ def push_shards_up(r: Rewriter, c: Collective) -> None:
     """shard(all_gather(x)) = x, and shard(all_reduce(x)) = reduce_scatter(x).
 
     The second also where row-wise ops stand between, such as a residual add and an RMS norm: part r
-    of f(x) is f of part r of x. Only if nothing wants the whole, which would be reduced anyway.
+    of f(x, y) is f of part r of x and part r of y, whatever y is on other ranks. Only if nothing
+    wants the whole, which would be reduced anyway.
     """
     if c.target is ALL_GATHER:
         for user in list(c.value.users):
@@ -42,7 +43,7 @@ def _scatter(r: Rewriter, c: Collective) -> None:
     if len({(args(s)[1] % val(s).ndim, val(args(s)[0]).ndim) for s in shards}) > 1:
         return
     dim = args(shards[0])[1] % val(shards[0]).ndim
-    if reason := _why_not(r, c, region, shards, dim):
+    if reason := _why_not(c, region, dim):
         r.decline(c.value, reason)
         return
     if not r.allows(c):
@@ -86,9 +87,7 @@ def _is_row_wise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in tags or is_call(node, *CASTS, *_ROW_REDUCTIONS)
 
 
-def _why_not(
-    r: Rewriter, c: Collective, region: list[fx.Node], shards: list[fx.Node], dim: int
-) -> str:
+def _why_not(c: Collective, region: list[fx.Node], dim: int) -> str:
     if not first_dim_of(c.value, dim):
         return f"the own part is taken along dim {dim}; a reduce-scatter goes along the first"
     rows, ndim = val(c.value).shape[dim], val(c.value).ndim
@@ -98,15 +97,10 @@ def _why_not(
             return "the ops between all-reduce and own part do not go row by row"
         if reduces and any(d % ndim == dim for d in args(node)[1]):
             return "the ops between all-reduce and own part do not go row by row"
-        for x in node.all_input_nodes:
-            if x not in region and x is not c.value and _has_rows(x, dim, ndim, rows):
-                found = r.placements.of(x, c.group)
-                if not found.is_replicated:
-                    return f"it meets {x.name}, which is not known to be equal on all ranks"
     return ""
 
 
-def _has_rows(x: fx.Node, dim: int, ndim: int, rows: object) -> bool:
+def _has_rows(x: fx.Node, dim: int, ndim: int) -> bool:
     """Does an operand, broadcast from the right, run along the rows?"""
     mine = dim - (ndim - val(x).ndim)
     return mine >= 0 and not same(val(x).shape[mine], 1)
@@ -150,7 +144,7 @@ class _Parts:
             return self.reduced()
         if x not in self.of:
             ndim = val(c.value).ndim
-            if not _has_rows(x, self._dim, ndim, None):
+            if not _has_rows(x, self._dim, ndim):
                 return x
             dim = self._dim - (ndim - val(x).ndim)
             self.of[x] = call(self._r.graph, SHARD, x, dim, c.group.size, c.group.name, like=reader)

@@ -105,6 +105,7 @@ STEPS = [
     lambda p, a, b: p.reduced(a, "max"),
     lambda p, a, b: p.reduced(p.reduced(a, "min"), "max"),
     lambda p, a, b: p.reduced(a, "avg"),
+    lambda p, a, b: plus(p, p.reduced(a, "max"), p.reduced(b, "max")),
     lambda p, a, b: times(p, p.reduced(a, group=p.row), 0.5),
     lambda p, a, b: plus(p, p.reduced(p.reduced(a, group=p.row), group=p.column), b),
     lambda p, a, b: p.gathered(p.own(p.normed(p.reduced(a)))),

@@ -15,7 +15,6 @@ from moe_compile.passes._collectives import (
     SHARD,
     WAIT,
     Collective,
-    Group,
     all_reduce,
     collective_of,
     collectives,
@@ -193,7 +192,7 @@ ELISIONS: tuple[Rule, ...] = (
     reduce_over_product,
 )
 
-_CALLS = tuple(c for c in (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER))
+_CALLS = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER)
 
 
 def _is_surely_replicated(r: Rewriter, c: Collective) -> bool:
@@ -222,7 +221,3 @@ def is_whole(x: Any) -> bool:
 def first_dim_of(x: fx.Node, dim: int) -> bool:
     """Are all dims of `x` in front of `dim` of size 1?"""
     return all(isinstance(s, int) and s == 1 for s in val(x).shape[:dim])
-
-
-def group_named(r: Rewriter, name: str) -> Group | None:
-    return next((g for g in groups_of(r.graph) if g.name == name), None)

@@ -84,6 +84,8 @@ def _is_row_wise(node: fx.Node) -> bool:
     if not has_val(node):
         return False
     tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags:  # other numbers for other rows
+        return False
     return torch.Tag.pointwise in tags or is_call(node, *CASTS, *_ROW_REDUCTIONS)
 
 

@@ -44,8 +44,6 @@ ALL_REDUCES = {
 }
 # The expert plan of transformers before that shards nothing but experts.
 IS_NEW = Version(transformers.__version__) >= Version("5.23")
-    "5.23"
-)  # its expert plan shards the rest, too
 IN_ONE_GRAPH = Version(torch.__version__) >= Version("2.13")  # 2.11 breaks the graph at DTensors
 PROMPT = [[3, 141, 59, 26, 5]]
 NEW = 6

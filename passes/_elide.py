@@ -17,7 +17,6 @@ from moe_compile.passes._collectives import (
     Collective,
     all_reduce,
     collective_of,
-    collectives,
     groups_of,
     product_ranks,
     reduce_scatter,
@@ -63,6 +62,20 @@ class Rewriter:
             self.graph.erase_node(made)
             made = source if is_call(source, *_CALLS) else None
 
+    def prune(self, node: fx.Node) -> None:
+        """Erase a node that nothing uses any more, and what only it used."""
+        todo = [node]
+        while todo:
+            node = todo.pop()
+            if node._erased or node.users or node.op != "call_function":
+                continue
+            if is_call(node, WAIT):
+                self.drop(node)
+            else:
+                inputs = node.all_input_nodes
+                self.graph.erase_node(node)
+                todo += inputs
+
     def decline(self, node: fx.Node, reason: str) -> None:
         self.declined[node] = reason
 
@@ -93,9 +106,10 @@ def drop_unused(r: Rewriter, c: Collective) -> None:
 
 def share_equal(r: Rewriter, c: Collective) -> None:
     """Two equal collectives of one value give equal results."""
-    for other in collectives(r.graph):
-        if other.value is c.value:
-            return
+    waits = [w for made in c.source.users for w in made.users if is_call(w, WAIT)]
+    for other in map(collective_of, waits):
+        if other is None or not other.value < c.value:
+            continue
         equal = (other.target, other.source, other.group) == (c.target, c.source, c.group)
         if equal and args(other.call)[1] == args(c.call)[1]:
             r.swap(c.value, other.value, f"{_name(c)} done once")

@@ -67,10 +67,7 @@ def reduce_sums_once(r: Rewriter, c: Collective) -> None:
     r.outcome.rewrote(root, f"{len(whole)} {names[c.target]} over {c.group} become one")
     r.count += 1
     root.replace_all_uses_with(total)
-    r.graph.eliminate_dead_code()  # of the sum; the waits stay
-    for t in whole:
-        assert t.reduced is not None
-        r.drop(t.reduced.value)
+    r.prune(root)
 
 
 def _root_of(value: fx.Node) -> fx.Node | None:

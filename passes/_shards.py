@@ -58,8 +58,7 @@ def _scatter(r: Rewriter, c: Collective) -> None:
     between = f" before {len(region)} row-wise ops" if region else ""
     for shard in shards:
         r.swap(shard, parts.of[args(shard)[0]], f"all-reduce becomes a reduce-scatter{between}")
-    r.graph.eliminate_dead_code()
-    r.drop(c.value)
+        r.prune(shard)
 
 
 def _region(c: Collective) -> tuple[list[fx.Node], list[fx.Node]]:

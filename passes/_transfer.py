@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from moe_compile.ops import moe
 from moe_compile.passes._graph import CASTS, COPIES, RESHAPES, aten
@@ -53,12 +54,13 @@ def transfer(here: Here) -> Placement:
     if not found:
         return made_from_nothing(node)
     tags = getattr(node.target, "tags", ())
-    if torch.Tag.pointwise in tags:
-        return pointwise(here)
     if torch.Tag.nondeterministic_seeded in tags:
         return unknown("it is random")
+    if torch.Tag.pointwise in tags:
+        return pointwise(here)
     if all(p.is_replicated for p in found) and _is_known(node.target):
-        return joined(here, found)
+        whole = any(isinstance(a, int) for a in tree_leaves((node.args, node.kwargs)))
+        return joined(here, found).unsure() if whole else joined(here, found)
     if (p := first(found, "partial")) and str(node.target).startswith(_NONLINEAR):
         return here.missing_reduce(p)
     return first_unknown(found) or unknown(f"no rule for {name_of(node)} of {kinds(found)}")

@@ -60,20 +60,19 @@ def expand_rule(here: Here) -> Placement:
 
 
 def split_rule(here: Here) -> Placement:
-    """Parts along a dim. One part out of n alone could be the own part of a rank."""
+    """Parts along a dim. One part out of n alone could be the own part of a rank.
+
+    Where all are used, each in a place of its own, a rank could still choose the places.
+    """
     p, source = same_rule(here), args(here.node)[0]
     dim = arg(here.node, 2, "dim", 0) % val(source).ndim
     used = {args(u)[1] for u in here.node.users if is_call(u, operator.getitem)}
     parts = len(here.node.meta["val"])
     if p.is_shard and p.dim == dim and parts != 2:
         return unknown("parts of shards")  # two: gate and up, each sharded, one behind the other
-    if len(used) == parts or p.is_shard:
-        return p
-    return (
-        unknown("a part that could be the rank's own")
-        if parts == here.group.size
-        else unsure_if_replicated(p)
-    )
+    if parts == here.group.size and len(used) < parts and not p.is_shard:
+        return unknown("a part that could be the rank's own")
+    return unsure_if_replicated(p)
 
 
 def slice_rule(here: Here) -> Placement:

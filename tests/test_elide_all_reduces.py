@@ -200,7 +200,19 @@ def over_the_tokens(x):
     return shard(all_reduce(x.sin()).cumsum(0))
 
 
+def parts_by_rank(x):  # on rank 1 the two are the other way round
+    mine, other = all_reduce(x).chunk(2, 1)
+    return all_reduce(mine) * other
+
+
+def padded_by_rank(x):
+    whole = all_reduce(x)
+    return all_reduce(torch.slice_scatter(whole.cos(), whole[:2], 0, 0, 2))
+
+
 LEFT = {  # program: the reason told, or ""
+    "parts in places by rank": (parts_by_rank, ""),
+    "scattered to a place by rank": (padded_by_rank, ""),
     "greatest + greatest": (lambda x: all_reduce(x.sin(), op="max") + all_reduce(x, op="max"), ""),
     "sum + greatest": (lambda x: all_reduce(x.sin()) + all_reduce(x, op="max"), ""),
     "used elsewhere": (used_elsewhere, "used elsewhere, too"),

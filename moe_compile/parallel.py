@@ -60,7 +60,8 @@ def _mark(x: Tensor, kind: str, dim: int, group: Any) -> Tensor:
     check_mark(x, kind, dim)
     if not torch.compiler.is_compiling():
         return x
-    return moe.mark_placement(x, kind, dim, _name_of(group))  # type: ignore[no-any-return]
+    marked: Tensor = moe.mark_placement(x, kind, dim, _name_of(group))
+    return marked
 
 
 def shard(x: Tensor, dim: int = 0, group: Any = None) -> Tensor:
@@ -71,7 +72,8 @@ def shard(x: Tensor, dim: int = 0, group: Any = None) -> Tensor:
     Shapes: x [.., D, ..] -> [.., D / n, ..]. Errors: ValueError if n ranks do not divide D.
     """
     name = _name_of(group)
-    return moe.shard(x, dim, group_size(name), name)  # type: ignore[no-any-return]
+    part: Tensor = moe.shard(x, dim, group_size(name), name)
+    return part
 
 
 def _name_of(group: Any) -> str:
@@ -84,7 +86,8 @@ def _name_of(group: Any) -> str:
         group = group[0].get_group(group[1])
     elif isinstance(group, DeviceMesh):
         group = group.get_group()
-    return group.group_name  # type: ignore[no-any-return]
+    name: str = group.group_name
+    return name
 
 
 def should_skip_post_experts_all_reduce(
@@ -154,4 +157,5 @@ def post_experts_all_reduce(
 
 def _all_reduce(x: Tensor, name: str) -> Tensor:
     made = torch.ops._c10d_functional.all_reduce(x, "sum", name)
-    return torch.ops._c10d_functional.wait_tensor(made)  # type: ignore[no-any-return]
+    reduced: Tensor = torch.ops._c10d_functional.wait_tensor(made)
+    return reduced

@@ -14,7 +14,8 @@ def process_group(name: str) -> Any:
 
 def group_size(name: str) -> int:
     """How many ranks it has; in a form that Dynamo traces."""
-    return _c10d._get_group_size_by_name(name)  # type: ignore[no-any-return]
+    size: int = _c10d._get_group_size_by_name(name)
+    return size
 
 
 def world_group() -> Any:

@@ -31,13 +31,14 @@ _EQUAL_OPS = ("avg", "max", "min")  # of equal values these are the value
 
 
 class Rewriter:
-    """One graph while rules change it."""
+    """One graph while rules change it. `placements` are those at the start of a round."""
+
+    placements: Placements
 
     def __init__(self, graph: fx.Graph, outcome: Outcome, may_reassociate: bool) -> None:
         self.graph = graph
         self.outcome = outcome
         self.may_reassociate = may_reassociate
-        self.placements: Placements = Placements(graph)
         self.declined: dict[fx.Node, str] = {}
         self.count = 0
 

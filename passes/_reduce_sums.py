@@ -179,7 +179,8 @@ def _replayed(graph: fx.Graph, t: _Term) -> fx.Node:
     for node, operand in reversed(t.steps):
         given = list(args(node))
         given[operand] = value
-        value = call(graph, node.target, *given, like=node, **node.kwargs)  # type: ignore[arg-type]
+        target: Any = node.target
+        value = call(graph, target, *given, like=node, **node.kwargs)
     return value
 
 

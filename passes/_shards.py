@@ -4,6 +4,8 @@
 same on all ranks and all rewrite alike.
 """
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -119,9 +121,7 @@ class _Parts:
         r, c = self._r, self._c
         if c.value not in self.of:
             source, shape = c.source, list(val(c.value).shape)
-            with r.graph.inserting_after(c.value):
-                anchor = call(r.graph, aten.alias.default, source, like=c.value)
-            with r.graph.inserting_before(anchor):
+            with r.graph.inserting_before(c.value.next):
                 if self._dim:
                     flat = shape[self._dim :]
                     source = call(r.graph, aten.reshape.default, source, flat, like=c.value)
@@ -129,15 +129,15 @@ class _Parts:
                 if self._dim:
                     shape[self._dim] = shape[self._dim] // c.group.size
                     part = call(r.graph, aten.reshape.default, part, shape, like=c.value)
-            r.graph.erase_node(anchor)
             self.of[c.value] = part
         return self.of[c.value]
 
     def computed(self, node: fx.Node) -> fx.Node:
         """A row-wise op on own parts."""
-        mapped = fx.map_arg((node.args, node.kwargs), lambda x: self._part(x, node))
+        target: Any = node.target
+        mapped: Any = fx.map_arg((node.args, node.kwargs), lambda x: self._part(x, node))
         given, named = mapped
-        return call(self._r.graph, node.target, *given, like=node, **named)  # type: ignore[arg-type]
+        return call(self._r.graph, target, *given, like=node, **named)
 
     def _part(self, x: fx.Node, reader: fx.Node) -> fx.Node:
         c = self._c

@@ -54,16 +54,10 @@ def _product(here: Here, p: Placement, q: Placement, ndim: int) -> Placement:
 
 def attention_rule(here: Here) -> Placement:
     found = [here.of(n) for n in here.inputs]
-    if (p := first(found, "partial")) is not None:
-        return here.missing_reduce(p)
-    if why := first_unknown(found):
-        return why
-    heads = found[:3]
-    if all(p.is_shard and p.dim == 1 for p in heads):
+    by_heads = all(p.is_shard and p.dim == 1 for p in found[:3])
+    if by_heads and all(p.is_shard or p.is_replicated for p in found):
         return found[0]
-    if all(p.is_replicated for p in found):
-        return joined(here, found)
-    return unknown(f"attention over {kinds(found)}")
+    return strict_rule(here)
 
 
 def embedding_rule(here: Here) -> Placement:

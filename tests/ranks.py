@@ -109,5 +109,5 @@ def _start(rank, worker, n, port, *args):
     dist.init_process_group("gloo", rank=rank, world_size=n)
     worker(rank, n, *args)
     dist.barrier()  # nobody leaves while another still talks
-    # One process in ten died of std::terminate in gloo's threads while Python shut down.
+    # Python's shutdown races with gloo's threads, which then call std::terminate.
     os._exit(0)

@@ -507,8 +507,7 @@ torch.testing.assert_close(program(x), model(x))
 def test_aotinductor_folds_the_cast(tmp_path):
     """The call of docs/constants.md: right, and right again with other weights.
 
-    In a process of its own: loading such a package ended the interpreter once, on torch 2.11 built
-    for CUDA, on a machine with a GPU.
+    In a process of its own: loading the package can end the interpreter (torch 2.11 with a GPU).
     """
     command = [sys.executable, "-W", "ignore", "-c", AOTINDUCTOR, str(tmp_path / "model.pt2")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

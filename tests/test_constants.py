@@ -491,12 +491,16 @@ class Router(torch.nn.Module):
 
 torch.set_grad_enabled(False)
 model, x = Router().requires_grad_(False), torch.randn(5, 32)
-package = torch._inductor.aoti_compile_and_package(
-    torch.export.export(model, (x,)),
-    package_path=sys.argv[1],
-    inductor_configs={"aot_inductor.use_runtime_constant_folding": True},
-)
-program = torch._inductor.aoti_load_package(package)
+
+def load(model, folding):
+    options = {"aot_inductor.use_runtime_constant_folding": folding}
+    program, path = torch.export.export(model, (x,)), f"{sys.argv[1]}/{folding}.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+    return torch._inductor.aoti_load_package(path)
+
+load(torch.nn.Linear(32, 8), False)  # a package with nothing of interest
+print("packages load", flush=True)
+program = load(model, True)
 torch.testing.assert_close(program(x), model(x))
 model.w.add_(1)
 program.load_constants(dict(model.state_dict()), check_full_update=True, user_managed=False)
@@ -507,8 +511,11 @@ torch.testing.assert_close(program(x), model(x))
 def test_aotinductor_folds_the_cast(tmp_path):
     """The call of docs/constants.md: right, and right again with other weights.
 
-    In a process of its own: loading the package can end the interpreter (torch 2.11 with a GPU).
+    In a process of its own: there are machines (torch 2.11, CUDA 13, Python 3.12) on which the
+    loader of packages ends the interpreter with any package, that of one nn.Linear too.
     """
-    command = [sys.executable, "-W", "ignore", "-c", AOTINDUCTOR, str(tmp_path / "model.pt2")]
+    command = [sys.executable, "-W", "ignore", "-c", AOTINDUCTOR, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode < 0 and "packages load" not in done.stdout:
+        pytest.skip("this torch loads no AOTInductor package, that of one nn.Linear neither")
     assert done.returncode == 0, done.stderr[-2000:]

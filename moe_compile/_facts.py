@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_compile.ops._process_groups import known_groups
+from moe_compile.ops._symmetric_memory import inbox_of
 from moe_compile.passes._collectives import Group
 from moe_compile.passes._placement import Placement, partial, replicated, shard, unknown
 from moe_compile.passes.placements import set_facts
@@ -79,9 +80,17 @@ def ranks_key(facts: Sequence[tuple[Any, Facts]]) -> str:
     """Names what passes know of ranks, for cache keys: graphs hold the names of groups alone."""
     if not dist.is_initialized():
         return ""
-    named = [(str(g.group_name), *dist.get_process_group_ranks(g)) for g in known_groups()]
+    named = [
+        (str(g.group_name), *dist.get_process_group_ranks(g), _fastest(g)) for g in known_groups()
+    ]
     mine = [[(g.ranks, p.kind, p.dim) for g, p in found] for _, found in facts]
     return repr((sorted(named), mine))
+
+
+def _fastest(group: Any) -> str:
+    """Up to how many rows an all-reduce is fused, which decides graphs, too."""
+    inbox = inbox_of(str(group.group_name))
+    return "" if inbox is None else repr(sorted(inbox.fastest.items(), key=repr))
 
 
 def mark_parameters(module: nn.Module, group: Any) -> None:

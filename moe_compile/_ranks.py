@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moe_compile.ops import moe
+from moe_compile.ops.all_reduce_add_rms_norm import add_rms_norm_reference
 from moe_compile.ops.shard import shard_reference
 from moe_compile.passes._collectives import (
     _PLAIN,
@@ -82,6 +84,10 @@ def _steps(gm: fx.GraphModule, inputs: Sequence[Any]) -> Steps:
                 env[node] = given[0]
             elif node.target in COLLECTIVES or node.target is SHARD:
                 env[node] = yield node.target, list(given)
+            elif node.target is moe.all_reduce_add_rms_norm.default:
+                x, residual, weight, eps, group, round_first = given
+                x = yield ALL_REDUCE, [x, "sum", group]
+                env[node] = add_rms_norm_reference(x, residual, weight, eps, round_first)
             else:
                 env[node] = node.target(*given, **named)
     return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_compile._facts import mark_parameters
+from moe_compile._symmetric_memory import measure
 from moe_compile.ops import moe
 from moe_compile.ops._process_groups import group_size, process_group, world_group
 from moe_compile.ops.mark_placement import check_mark
@@ -25,6 +26,7 @@ __all__ = [
     "post_experts_all_reduce",
     "shard",
     "should_skip_post_experts_all_reduce",
+    "use_symmetric_memory",
 ]
 
 
@@ -74,6 +76,25 @@ def shard(x: Tensor, dim: int = 0, group: Any = None) -> Tensor:
     name = _name_of(group)
     part: Tensor = moe.shard(x, dim, group_size(name), name)
     return part
+
+
+def use_symmetric_memory(
+    hidden_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    group: Any = None,
+    most_rows: int = 64,
+) -> int:
+    """Let graphs compiled from now on all-reduce few rows in one kernel with the norm behind them.
+
+    All ranks of the group call it together, before the compile. It opens memory that the group's
+    GPUs write to (8 * ranks * most_rows * hidden_size bytes), measures up to how many rows
+    `all_reduce_add_rms_norm` beats the group's own all-reduce followed by a norm, and keeps that on
+    disk for this kind of machine; the first rank's times count. Returns that number, at most
+    `most_rows`; 0 where it never did.
+    Errors: ValueError for a group without NCCL, of several hosts, or arguments that differ between
+    ranks; RuntimeError where the GPUs can't write to each other's memory.
+    """
+    return measure(hidden_size, dtype, _name_of(group), most_rows)
 
 
 def _name_of(group: Any) -> str:

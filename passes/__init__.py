@@ -12,6 +12,7 @@ from moe_compile.passes.elide_all_reduces import elide_all_reduces
 from moe_compile.passes.find_activation import find_activation
 from moe_compile.passes.find_experts import find_experts
 from moe_compile.passes.find_routing import find_routing
+from moe_compile.passes.fuse_all_reduce import fuse_all_reduce
 from moe_compile.passes.hoist_constants import hoist_constants
 from moe_compile.passes.lint_collectives import lint_collectives
 
@@ -22,6 +23,7 @@ PASSES: tuple[Pass, ...] = (
     lint_collectives,
     elide_all_reduces,
     drop_marks,
+    fuse_all_reduce,
     hoist_constants,
     choose_kernels,
     choose_linear,

@@ -1,4 +1,4 @@
-"""Several ranks for tests: one process that knows four of them, or processes that talk by gloo."""
+"""Several ranks for tests: one process that knows four of them, or processes that talk."""
 
 import os
 import socket
@@ -94,19 +94,21 @@ def _copy(x):
     return x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def spawn(worker, n, *args):
-    """Run `worker(rank, n, *args)` in n processes that talk by gloo; errors of any are raised."""
+def spawn(worker, n, *args, backend="gloo"):
+    """Run `worker(rank, n, *args)` in n processes, by NCCL on a GPU each; errors are raised."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_start, (worker, n, port, *args), nprocs=n)
+    mp.spawn(_start, (worker, n, port, backend, *args), nprocs=n)
 
 
-def _start(rank, worker, n, port, *args):
+def _start(rank, worker, n, port, backend, *args):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=n)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=n)
     worker(rank, n, *args)
     dist.barrier()  # nobody leaves while another still talks
     # Python's shutdown races with gloo's threads, which then call std::terminate.

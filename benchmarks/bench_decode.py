@@ -13,7 +13,9 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -56,7 +58,13 @@ def main() -> None:
         reference = None
         for name in (bar := tqdm(options.variants, disable=None)):
             bar.set_description(f"batch {batch}, {name}")
-            row, tokens = measure(model, name, batch, options)
+            form, backend, mode = VARIANTS[name]
+            torch._dynamo.reset()
+            model.set_experts_implementation(form)
+            mode = mode if options.device == "cuda" else None
+            compiled = torch.compile(model, backend=backend, mode=mode, fullgraph=True)
+            row, tokens = measure(model, compiled, batch, options)
+            row = {"variant": name, **row}
             reference = tokens if reference is None else reference
             row["tokens as first"] = f"{(tokens == reference).float().mean().item():.3f}"
             row["floor ms"] = round(floor * 1e3, 3)
@@ -67,12 +75,16 @@ def main() -> None:
             write(rows, "decode", options.out)
 
 
-def build(layers: int, device: str) -> torch.nn.Module:
-    """The model with random weights, made on the device: on the host it would take minutes."""
+def build(layers: int, device: str, ranks: int = 1) -> torch.nn.Module:
+    """The model with random weights, made on the device: on the host it would take minutes.
+
+    ranks: of tensor parallelism, of which this is one, holding its heads and expert features.
+    """
     config = transformers.Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=2048, moe_intermediate_size=768, num_experts=128,
-        num_experts_per_tok=8, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, norm_topk_prob=True, max_position_embeddings=4096,
+        vocab_size=151936, hidden_size=2048, moe_intermediate_size=768 // ranks, num_experts=128,
+        num_experts_per_tok=8, num_hidden_layers=layers, num_attention_heads=32 // ranks,
+        num_key_value_heads=4 // ranks, head_dim=128, norm_topk_prob=True,
+        max_position_embeddings=4096,
     )  # fmt: skip
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -84,19 +96,14 @@ def build(layers: int, device: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def measure(
-    model: torch.nn.Module, name: str, batch: int, options: argparse.Namespace
-) -> tuple[dict[str, object], torch.Tensor]:
-    """Compile, decode greedily, time runs of steps, and count the kernels of one."""
-    form, backend, mode = VARIANTS[name]
-    torch._dynamo.reset()
+    model: torch.nn.Module, compiled: Callable[..., Any], batch: int, options: argparse.Namespace
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Decode greedily, time runs of steps, and count the kernels of one."""
     counters.clear()
-    model.set_experts_implementation(form)
     cache = StaticCache(config=model.config, max_cache_len=options.cache)
     generator = torch.Generator().manual_seed(2)
     prompt = torch.randint(0, 151936, (batch, options.prompt), generator=generator)
     model(prompt.to(options.device), past_key_values=cache, logits_to_keep=1)
-    mode = mode if options.device == "cuda" else None
-    compiled = torch.compile(model, backend=backend, mode=mode, fullgraph=True)
     token = torch.full((batch, 1), 7, device=options.device)
     start = time.perf_counter()
     tokens = []
@@ -121,7 +128,6 @@ def measure(
         times.append((time.perf_counter() - start) / options.steps * 1e3)
     rewind(cache, options.prompt)
     row = {
-        "variant": name,
         "batch": batch,
         "ms": round(statistics.median(times), 3),
         "ms low": round(min(times), 3),

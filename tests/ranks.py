@@ -94,12 +94,21 @@ def _copy(x):
     return x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def spawn(worker, n, *args, backend="gloo"):
-    """Run `worker(rank, n, *args)` in n processes, by NCCL on a GPU each; errors are raised."""
+def spawn(worker, n, *args, backend=None):
+    """Run `worker(rank, n, *args)` in n processes; errors of any are raised.
+
+    They talk by NCCL where there is a GPU for each, by gloo otherwise; see `own_device`.
+    """
+    backend = backend or ("nccl" if torch.cuda.device_count() >= n else "gloo")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(_start, (worker, n, port, backend, *args), nprocs=n)
+
+
+def own_device():
+    """Where the tensors of a process that `spawn` started have to be."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def _start(rank, worker, n, port, backend, *args):

@@ -201,7 +201,7 @@ def by_gloo(rank, n, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_plain_on_two_processes(dtype):
-    spawn(by_gloo, 2, dtype)
+    spawn(by_gloo, 2, dtype, backend="gloo")
 
 
 def on_gpus(rank, n):
@@ -242,4 +242,4 @@ def replays(rank, n, name):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_two_gpus():
-    spawn(on_gpus, 2, backend="nccl")
+    spawn(on_gpus, 2)

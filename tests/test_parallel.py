@@ -6,7 +6,15 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Mesh, all_gather, all_reduce, count_collectives, reduce_scatter, spawn
+from ranks import (
+    Mesh,
+    all_gather,
+    all_reduce,
+    count_collectives,
+    own_device,
+    reduce_scatter,
+    spawn,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -188,7 +196,7 @@ def compiled_programs(rank, n):
     """Each gives what it gave uncompiled, and every rank issues the same collectives."""
     for fn in PROGRAMS:
         torch.manual_seed(100 + rank)
-        x = torch.randn(8, 4)
+        x = torch.randn(8, 4).to(own_device())
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", moe_compile.parallel.CollectivesWarning)
             want = fn(x.clone())

@@ -1,4 +1,4 @@
-"""transformers' own tensor- and expert-parallel plans, on processes that talk by gloo.
+"""transformers' own tensor- and expert-parallel plans, on processes that talk by gloo, or by NCCL.
 
 `MOE_COMPILE_RANKS=4` runs them on four processes; two are the default.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from packaging.version import Version
-from ranks import count_collectives, spawn
+from ranks import count_collectives, own_device, spawn
 
 import moe_compile
 from moe_compile.parallel import CollectivesWarning
@@ -60,7 +60,7 @@ def plan(kind, n):
 
 
 def generate(model):
-    prompt = torch.tensor(PROMPT)
+    prompt = torch.tensor(PROMPT, device=model.device)
     return model.generate(prompt, max_new_tokens=NEW, do_sample=False, pad_token_id=0).tolist()
 
 
@@ -79,7 +79,9 @@ def on_each_rank(rank, n, name, kind, folder, tokens):
 @torch.no_grad()
 def check_graph(model, n, name, kind):
     before, after, judged, sequence = 0, 0, [], []
-    graphs = capture_all(model, torch.tensor(PROMPT), use_cache=False, logits_to_keep=1)
+    graphs = capture_all(
+        model, torch.tensor(PROMPT, device=own_device()), use_cache=False, logits_to_keep=1
+    )
     assert len(graphs) == 1 or not IN_ONE_GRAPH
     for gm in graphs:
         before += count_collectives(gm)["all_reduce"]

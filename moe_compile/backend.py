@@ -61,7 +61,9 @@ def moe_compile(
 def _reset() -> None:
     """Called by torch._dynamo.reset()."""
     if torch.cuda.is_available():
-        torch._inductor.cudagraph_trees.reset_cudagraph_trees()
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees  # not always imported
+
+        reset_cudagraph_trees()
 
 
 moe_compile.reset = _reset  # type: ignore[attr-defined]

@@ -82,7 +82,7 @@ def use_symmetric_memory(
     hidden_size: int,
     dtype: torch.dtype = torch.bfloat16,
     group: Any = None,
-    most_rows: int = 64,
+    most_rows: int = 256,
 ) -> int:
     """Let graphs compiled from now on all-reduce few rows in one kernel with the norm behind them.
 

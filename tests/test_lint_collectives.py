@@ -421,3 +421,17 @@ def test_experts_of_several_ranks_are_partial():
             (outcome,) = run_passes(gm, lint_collectives)
         assert [e.detail.partition(":")[0] for e in outcome.mistakes] == kinds
         assert not outcome.declined
+
+
+def test_the_report_tells_mistakes():
+    """With the lines of the model, where explain prints."""
+
+    def fn(x):
+        return all_reduce(all_reduce(x.sin()))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollectivesWarning)
+        text = str(moe_compile.explain(fn, torch.randn(4, 4)))
+    (line,) = [x.strip() for x in text.splitlines() if x.strip().startswith("!")]
+    assert line.startswith("! test_lint_collectives.py:")
+    assert "double reduce" in line

@@ -14,10 +14,12 @@ from moe_compile.ops import experts as _experts  # noqa: F401
 from moe_compile.ops import gelu_mul as _gelu_mul  # noqa: F401
 from moe_compile.ops import grouped_mm as _grouped_mm  # noqa: F401
 from moe_compile.ops import mark_placement as _mark_placement  # noqa: F401
+from moe_compile.ops import quant_fp8 as _quant_fp8  # noqa: F401
 from moe_compile.ops import relu2 as _relu2  # noqa: F401
 from moe_compile.ops import route as _route  # noqa: F401
 from moe_compile.ops import shard as _shard  # noqa: F401
 from moe_compile.ops import silu_mul as _silu_mul  # noqa: F401
+from moe_compile.ops import silu_mul_quant as _silu_mul_quant  # noqa: F401
 from moe_compile.ops import skinny_mm as _skinny_mm  # noqa: F401
 from moe_compile.ops import sort_tokens as _sort_tokens  # noqa: F401
 

@@ -1,0 +1,251 @@
+"""The kernel of `quant_fp8` and `silu_mul_quant`: rows in float8 with a scale for each group."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+
+
+@triton.jit
+def _kept_bits(y, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y to so many bits behind the leading one, to nearest even.
+
+    Only for Triton's interpreter, whose casts to bfloat16 and float8 do not round like a GPU's.
+    """
+    bits = y.to(tl.int32, bitcast=True)
+    bits += (1 << (22 - BITS)) - 1 + ((bits >> (23 - BITS)) & 1)
+    bits &= -(1 << (23 - BITS))
+    return tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
+
+
+@triton.jit
+def _to_e4m3(y, dtype, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+    if INTERPRETED:
+        small = (y * 512.0 + 12582912.0) - 12582912.0  # steps of 2 ** -9 below 2 ** -6
+        y = tl.where(tl.abs(y) < 0.015625, small / 512.0, _kept_bits(y, 3))
+    return y.to(dtype)
+
+
+@triton.jit
+def _rounded(y, dtype, ROUND: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y in float32, rounded to the dtype where the model rounds."""
+    if ROUND:
+        if INTERPRETED and dtype == tl.bfloat16:
+            y = _kept_bits(y, 7)
+        y = y.to(dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _gated(  # type: ignore[no-untyped-def]
+    gate, up, alpha, limit, up_shift, dtype, HAS_LIMIT, ROUND_SILU, INTERPRETED
+):
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    if HAS_LIMIT:  # by comparisons, which leave NaN as it is
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    silu = tl.math.div_rn(gate, 1.0 + tl.exp(-alpha * gate))
+    return _rounded(silu, dtype, ROUND_SILU, INTERPRETED) * (up + up_shift)
+
+
+@triton.jit
+def _power_of_two(scale):  # type: ignore[no-untyped-def]
+    """The least power of two that is not below the scale."""
+    bits = scale.to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)
+    # Powers below the normal ones are 2 ** -126; infinity and NaN stay what they are.
+    exponent = tl.where(exponent < 1, 1, exponent)
+    return tl.where((bits >> 23) == 255, scale, (exponent << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["R"])
+def quant_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weights_ptr,
+    offsets_ptr,
+    q_ptr,
+    scale_ptr,
+    R,
+    F,
+    E,
+    stride_xr,
+    stride_sr,
+    stride_sg,
+    alpha,
+    limit,
+    up_shift,
+    amax_floor,
+    scale_floor,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    ROUND_SILU: tl.constexpr,
+    ROUND_PRODUCT: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    SCALE_BY_RECIPROCAL: tl.constexpr,
+    QUANT_BY_RECIPROCAL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    BLOCK_F: tl.constexpr = GROUP * GROUPS
+    num_blocks = tl.cdiv(F, BLOCK_F)
+    rows = (tl.program_id(0) // num_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block = tl.program_id(0) % num_blocks
+    end = R
+    if HAS_OFFSETS:  # rows of no expert are neither read nor written
+        end = tl.load(offsets_ptr + E - 1)
+        if (tl.program_id(0) // num_blocks) * BLOCK_R >= end:
+            return
+    cols = block * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = (rows < end)[:, None] & (cols < F)[None, :]
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xr
+    dtype = x_ptr.dtype.element_ty
+    if GATED:
+        if INTERLEAVED:  # one contiguous load, parted in registers
+            pairs = 2 * block * BLOCK_F + tl.arange(0, 2 * BLOCK_F)
+            both = (rows < end)[:, None] & (pairs < 2 * F)[None, :]
+            x = tl.load(x_rows + pairs[None, :], mask=both, other=0.0).to(tl.float32)
+            gate, up = tl.split(tl.reshape(x, [BLOCK_R, BLOCK_F, 2]))
+        else:
+            gate = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)
+            up = tl.load(x_rows + F + cols[None, :], mask=mask, other=0.0)
+        y = _gated(gate, up, alpha, limit, up_shift, dtype, HAS_LIMIT, ROUND_SILU, INTERPRETED)
+        y = _rounded(y, dtype, ROUND_PRODUCT, INTERPRETED)
+    else:
+        y = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_WEIGHTS:
+        y *= tl.load(weights_ptr + rows, mask=rows < end, other=0.0).to(tl.float32)[:, None]
+
+    y = tl.reshape(y, [BLOCK_R, GROUPS, GROUP])
+    amax = tl.max(tl.abs(y), 2)
+    amax = tl.where(amax < amax_floor, amax_floor, amax)
+    if SCALE_BY_RECIPROCAL:
+        scale = amax * (1.0 / 448.0)
+    else:
+        scale = tl.math.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
+    scale = tl.where(scale < scale_floor, scale_floor, scale)
+    if POWER_OF_TWO:
+        scale = _power_of_two(scale)
+    if QUANT_BY_RECIPROCAL:
+        q = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, :, None]
+    else:
+        q = tl.math.div_rn(y, tl.broadcast_to(scale[:, :, None], y.shape))
+    q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
+    q = _to_e4m3(tl.reshape(q, [BLOCK_R, BLOCK_F]), q_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(q_ptr + rows.to(tl.int64)[:, None] * F + cols[None, :], q, mask=mask)
+
+    groups = block * GROUPS + tl.arange(0, GROUPS)
+    scale_ptrs = scale_ptr + rows.to(tl.int64)[:, None] * stride_sr
+    scale_ptrs += groups.to(tl.int64)[None, :] * stride_sg
+    has_group = (rows < end)[:, None] & (groups * GROUP < F)[None, :]
+    tl.store(scale_ptrs, scale, mask=has_group)
+
+
+def launch(
+    x_RX: Tensor,
+    out: tuple[Tensor, Tensor],
+    group: int,
+    power_of_two: bool,
+    amax_floor: float,
+    scale_floor: float,
+    reciprocals: tuple[bool, bool],
+    offsets_E: Tensor | None = None,
+    gated: bool = False,
+    **activation: Any,
+) -> None:
+    """Quantise rows, or gated pairs of halves, into `out`.
+
+    reciprocals: is amax multiplied by 1 / 448, are values multiplied by 1 / scale?
+    activation: interleaved, alpha, limit, up_shift, weights, round_silu, round_product.
+    """
+    q_RF, scale_RG = out
+    R, F = q_RF.shape
+    if R * F == 0:
+        return
+    x_RX = x_RX if x_RX.stride(1) == 1 else x_RX.contiguous()
+    rows, groups, warps = choose_block(R, F, group)
+    limit, weights = activation.get("limit"), activation.get("weights")
+    quant_kernel[(triton.cdiv(R, rows) * triton.cdiv(F, groups * group),)](
+        x_RX,
+        weights if weights is None else weights.contiguous(),
+        offsets_E if offsets_E is None else offsets_E.contiguous(),
+        q_RF,
+        scale_RG,
+        R,
+        F,
+        0 if offsets_E is None else offsets_E.shape[0],
+        x_RX.stride(0),
+        *scale_RG.stride(),
+        float(activation.get("alpha", 1.0)),
+        0.0 if limit is None else float(limit),
+        float(activation.get("up_shift", 0.0)),
+        amax_floor,
+        scale_floor,
+        GATED=gated,
+        INTERLEAVED=activation.get("interleaved", False),
+        HAS_LIMIT=limit is not None,
+        HAS_WEIGHTS=weights is not None,
+        HAS_OFFSETS=offsets_E is not None,
+        ROUND_SILU=activation.get("round_silu", False),
+        ROUND_PRODUCT=activation.get("round_product", False),
+        POWER_OF_TWO=power_of_two,
+        SCALE_BY_RECIPROCAL=reciprocals[0],
+        QUANT_BY_RECIPROCAL=reciprocals[1],
+        INTERPRETED=not x_RX.is_cuda,
+        GROUP=group,
+        BLOCK_R=rows,
+        GROUPS=groups,
+        num_warps=warps,
+    )
+
+
+def choose_block(R: int, F: int, group: int) -> tuple[int, int, int]:
+    """Rows and groups of one program, and its warps."""
+    groups = min(triton.next_power_of_2(triton.cdiv(F, group)), 1024 // group)
+    if R * F < 2**20:  # few: as many programs as there can be
+        return 1, min(groups, 256 // group), 1
+    return max(1, 2048 // (groups * group)), groups, 4
+
+
+def new_outputs(x: Tensor, R: Any, F: Any, group: int, column_major: bool) -> tuple[Tensor, Tensor]:
+    """q [R, F], and scales [R, G] whose rows or columns lie together."""
+    G = (F + group - 1) // group
+    scale = x.new_empty(G, R, dtype=torch.float32).t() if column_major else None
+    if scale is None:
+        scale = x.new_empty(R, G, dtype=torch.float32)
+    return x.new_empty(R, F, dtype=FP8), scale
+
+
+def quantize_reference(
+    y_RF: Tensor,
+    group: int,
+    power_of_two: bool,
+    amax_floor: float,
+    scale_floor: float,
+    reciprocals: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Quantise float32 rows, in plain PyTorch; the last group may be short."""
+    R, F = y_RF.shape
+    G = (F + group - 1) // group
+    y_RGg = torch.nn.functional.pad(y_RF, (0, G * group - F)).view(R, G, group)
+    amax_RG = y_RGg.abs().amax(-1).clamp_min(amax_floor)
+    scale_RG = amax_RG * (1 / LARGEST) if reciprocals[0] else amax_RG / LARGEST
+    scale_RG = scale_RG.clamp_min(scale_floor)
+    if power_of_two:
+        mantissa, exponent = torch.frexp(scale_RG)  # in [0.5, 1): a power of two is 0.5
+        rounded = torch.ldexp(torch.ones_like(scale_RG), exponent - (mantissa == 0.5).int())
+        rounded = torch.where(scale_RG == 0, 0.0, rounded).clamp_min(2.0**-126)
+        scale_RG = torch.where(scale_RG.isfinite(), rounded, scale_RG)
+    each = scale_RG[..., None]
+    z_RGg = y_RGg * each.reciprocal() if reciprocals[1] else y_RGg / each
+    q_RGg = z_RGg.clamp(-LARGEST, LARGEST).to(FP8)
+    return q_RGg.view(R, G * group)[:, :F].contiguous(), scale_RG

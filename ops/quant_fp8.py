@@ -1,0 +1,111 @@
+"""Quantise rows to float8 with a scale for each group of columns.
+
+    amax = max(|x|) over the group, at least amax_floor
+    scale = max(amax / 448, scale_floor), or the least power of two not below
+    q = x / scale, clamped to +-448, rounded to e4m3
+
+`scale_by_reciprocal` is amax * (1 / 448), `quant_by_reciprocal` x * (1 / scale): other roundings of
+the same, which models write. With `offsets`, rows from offsets[E - 1] on are not written.
+
+Letters: R rows, F features, G = ceil(F / group) groups, E experts.
+Shapes: x [R, F], offsets [E] -> q [R, F], scale [R, G]; scale is stored by columns (strides 1, R)
+    with column_major. R and F may be 0; the last group may be short.
+Dtypes: x float32, float16 or bfloat16, computed in float32; q float8_e4m3fn, scale float32.
+Errors: ValueError for other ranks or dtypes, a group other than 64 or 128, negative floors.
+Source: groups of 128 as DeepSeek-V3, DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2; the
+    power of two is the OCP microscaling formats' E8M0, rounded up.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from moe_compile.ops._check import (
+    check,
+    check_dims,
+    check_float,
+    check_int32,
+    check_same_device,
+)
+from moe_compile.ops._library import define
+from moe_compile.ops._quant_kernel import launch, new_outputs, quantize_reference
+
+AMAX_FLOOR = 1e-10
+
+
+def quant_fp8_reference(
+    x_RF: Tensor,
+    group: int = 128,
+    power_of_two: bool = False,
+    column_major: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    scale_floor: float = 0.0,
+    scale_by_reciprocal: bool = False,
+    quant_by_reciprocal: bool = False,
+    offsets_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `quant_fp8` means, in plain PyTorch and float32; rows of no expert are quantised too."""
+    how = (power_of_two, amax_floor, scale_floor, (scale_by_reciprocal, quant_by_reciprocal))
+    q_RF, scale_RG = quantize_reference(x_RF.float(), group, *how)
+    return q_RF, scale_RG.t().contiguous().t() if column_major else scale_RG
+
+
+def check_quant(op: str, x: Tensor, group: int, floors: tuple[float, float], **rest: Any) -> None:
+    """What `quant_fp8` and `silu_mul_quant` ask for alike."""
+    check_float(op, "x", x)
+    check(group in (64, 128), op, "groups of 64 or 128", group)
+    check(min(floors) >= 0, op, "floors of 0 or more", floors)
+    check_same_device(op, x=x, **rest)
+    if (offsets := rest.get("offsets")) is not None:
+        check_dims(op, "offsets", offsets, "[E]")
+        check_int32(op, "offsets", offsets)
+        check(offsets.shape[0] >= 1, op, "offsets of one expert or more", offsets.shape)
+
+
+def quant_fp8_triton(
+    x_RF: Tensor,
+    group: int = 128,
+    power_of_two: bool = False,
+    column_major: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    scale_floor: float = 0.0,
+    scale_by_reciprocal: bool = False,
+    quant_by_reciprocal: bool = False,
+    offsets_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel: one program for a few groups of a few rows."""
+    how = (amax_floor, scale_floor, (scale_by_reciprocal, quant_by_reciprocal))
+    out = _fake(x_RF, group, power_of_two, column_major, *how[:2], offsets_E=offsets_E)
+    launch(x_RF, out, group, power_of_two, *how, offsets_E)
+    return out
+
+
+def _fake(
+    x_RF: Tensor,
+    group: int = 128,
+    power_of_two: bool = False,
+    column_major: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    scale_floor: float = 0.0,
+    scale_by_reciprocal: bool = False,
+    quant_by_reciprocal: bool = False,
+    offsets_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_dims("quant_fp8", "x", x_RF, "[R, F]")
+    check_quant("quant_fp8", x_RF, group, (amax_floor, scale_floor), offsets=offsets_E)
+    return new_outputs(x_RF, x_RF.shape[0], x_RF.shape[1], group, column_major)
+
+
+def _cpu(x_RF: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    _fake(x_RF, *args, **kwargs)
+    return quant_fp8_reference(x_RF, *args, **kwargs)
+
+
+quant_fp8 = define(
+    "quant_fp8(Tensor x, int group=128, bool power_of_two=False, bool column_major=False,"
+    " float amax_floor=1e-10, float scale_floor=0.0, bool scale_by_reciprocal=False,"
+    " bool quant_by_reciprocal=False, Tensor? offsets=None) -> (Tensor, Tensor)",
+    cpu=_cpu,
+    cuda=quant_fp8_triton,
+    fake=_fake,
+)

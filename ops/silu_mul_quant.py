@@ -1,0 +1,159 @@
+"""Gate one half of each row by the silu of the other, and quantise it to float8 by groups.
+
+As `silu_mul` (interleaved, alpha, limit, up_shift) and then `quant_fp8` (everything else), without
+a trip through memory between them. `round_silu` and `round_product` round to x's dtype after the
+silu and after the product, as a model does that computes these as ops of their own; `weights`
+multiplies each row in float32 before it is quantised, as a routing weight folded in early.
+
+Letters: R rows, F features of one half, X = 2 * F, G = ceil(F / group) groups, E experts.
+Shapes: x [R, 2F], weights [R], offsets [E] -> q [R, F], scale [R, G]; see `quant_fp8` for the
+    scale's layout and for what offsets leave unwritten.
+Dtypes: x float32, float16 or bfloat16; weights float32; q float8_e4m3fn, scale float32.
+Errors: ValueError as those two ops, and for weights of another shape or dtype.
+Source: as `silu_mul` and `quant_fp8`; the folded weight is DeepGEMM's MegaMoE, DeepSeek-AI 2026.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_compile.ops._check import check, check_dims
+from moe_compile.ops._library import define
+from moe_compile.ops._quant_kernel import launch, new_outputs, quantize_reference
+from moe_compile.ops.quant_fp8 import AMAX_FLOOR, check_quant
+
+
+def silu_mul_quant_reference(
+    x_RX: Tensor,
+    weights_R: Tensor | None = None,
+    offsets_E: Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
+    round_silu: bool = False,
+    round_product: bool = False,
+    group: int = 128,
+    power_of_two: bool = False,
+    column_major: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    scale_floor: float = 0.0,
+    scale_by_reciprocal: bool = False,
+    quant_by_reciprocal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `silu_mul_quant` means, in plain PyTorch; rows of no expert are computed too."""
+    y_RF = _activation(x_RX, interleaved, alpha, limit, up_shift, round_silu, round_product)
+    if weights_R is not None:
+        y_RF = y_RF * weights_R[:, None]
+    how = (power_of_two, amax_floor, scale_floor, (scale_by_reciprocal, quant_by_reciprocal))
+    q_RF, scale_RG = quantize_reference(y_RF, group, *how)
+    return q_RF, scale_RG.t().contiguous().t() if column_major else scale_RG
+
+
+def _activation(
+    x_RX: Tensor,
+    interleaved: bool,
+    alpha: float,
+    limit: float | None,
+    up_shift: float,
+    round_silu: bool,
+    round_product: bool,
+) -> Tensor:
+    """The gated rows in float32, rounded on the way where asked."""
+    halves = (x_RX[:, ::2], x_RX[:, 1::2]) if interleaved else x_RX.chunk(2, dim=-1)
+    gate_RF, up_RF = (half.float() for half in halves)
+    if limit is not None:
+        gate_RF, up_RF = gate_RF.clamp(max=limit), up_RF.clamp(-limit, limit)
+    silu_RF = gate_RF / (1 + torch.exp(-alpha * gate_RF))
+    if round_silu:
+        silu_RF = silu_RF.to(x_RX.dtype).float()
+    y_RF = silu_RF * (up_RF + up_shift)
+    return y_RF.to(x_RX.dtype).float() if round_product else y_RF
+
+
+def silu_mul_quant_triton(
+    x_RX: Tensor,
+    weights_R: Tensor | None = None,
+    offsets_E: Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
+    round_silu: bool = False,
+    round_product: bool = False,
+    group: int = 128,
+    power_of_two: bool = False,
+    column_major: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    scale_floor: float = 0.0,
+    scale_by_reciprocal: bool = False,
+    quant_by_reciprocal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel: one program for a few groups of a few rows."""
+    floors = (amax_floor, scale_floor)
+    out = _outputs(x_RX, weights_R, offsets_E, group, floors, column_major)
+    launch(
+        x_RX, out, group, power_of_two, *floors, (scale_by_reciprocal, quant_by_reciprocal),
+        offsets_E, gated=True, weights=weights_R, interleaved=interleaved, alpha=alpha,
+        limit=limit, up_shift=up_shift, round_silu=round_silu, round_product=round_product,
+    )  # fmt: skip
+    return out
+
+
+def _outputs(
+    x_RX: Tensor,
+    weights_R: Tensor | None,
+    offsets_E: Tensor | None,
+    group: int,
+    floors: tuple[float, float],
+    column_major: bool,
+) -> tuple[Tensor, Tensor]:
+    op = "silu_mul_quant"
+    check_dims(op, "x", x_RX, "[R, 2F]")
+    check(x_RX.shape[1] % 2 == 0, op, "x [R, 2F]", list(x_RX.shape))
+    check_quant(op, x_RX, group, floors, weights=weights_R, offsets=offsets_E)
+    R, F = x_RX.shape[0], x_RX.shape[1] // 2
+    if weights_R is not None:
+        check_dims(op, "weights", weights_R, "[R]")
+        check(weights_R.shape[0] == R, op, f"weights [{R}]", weights_R.shape)
+        check(weights_R.dtype == torch.float32, op, "float32 weights", weights_R.dtype)
+    return new_outputs(x_RX, R, F, group, column_major)
+
+
+def _fake(
+    x_RX: Tensor,
+    weights_R: Tensor | None = None,
+    offsets_E: Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
+    round_silu: bool = False,
+    round_product: bool = False,
+    group: int = 128,
+    power_of_two: bool = False,
+    column_major: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    scale_floor: float = 0.0,
+    scale_by_reciprocal: bool = False,
+    quant_by_reciprocal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(x_RX, weights_R, offsets_E, group, (amax_floor, scale_floor), column_major)
+
+
+def _cpu(x_RX: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    _fake(x_RX, *args, **kwargs)
+    return silu_mul_quant_reference(x_RX, *args, **kwargs)
+
+
+silu_mul_quant = define(
+    "silu_mul_quant(Tensor x, Tensor? weights=None, Tensor? offsets=None, bool interleaved=False,"
+    " float alpha=1.0, float? limit=None, float up_shift=0.0, bool round_silu=False,"
+    " bool round_product=False, int group=128, bool power_of_two=False, bool column_major=False,"
+    " float amax_floor=1e-10, float scale_floor=0.0, bool scale_by_reciprocal=False,"
+    " bool quant_by_reciprocal=False) -> (Tensor, Tensor)",
+    cpu=_cpu,
+    cuda=silu_mul_quant_triton,
+    fake=_fake,
+)

@@ -43,14 +43,41 @@ def _rounded(y, dtype, ROUND: tl.constexpr, INTERPRETED: tl.constexpr):  # type:
 
 @triton.jit
 def _gated(  # type: ignore[no-untyped-def]
-    gate, up, alpha, limit, up_shift, dtype, HAS_LIMIT, ROUND_SILU, INTERPRETED
+    gate,
+    up,
+    alpha,
+    limit,
+    up_shift,
+    dtype,
+    HAS_LIMIT: tl.constexpr,
+    ROUND_SIGMOID: tl.constexpr,
+    ROUND_SILU: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     if HAS_LIMIT:  # by comparisons, which leave NaN as it is
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    silu = tl.math.div_rn(gate, 1.0 + tl.exp(-alpha * gate))
+    below = 1.0 + tl.exp(-alpha * gate)
+    silu = gate / below
+    if ROUND_SIGMOID:
+        silu = gate * _rounded(1.0 / below, dtype, True, INTERPRETED)
     return _rounded(silu, dtype, ROUND_SILU, INTERPRETED) * (up + up_shift)
+
+
+@triton.jit
+def _quotient(y, scale, DIVIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y / scale as IEEE rounds it, with one division for each group and not for each value.
+
+    Markstein's correction: the remainder of y * (1 / scale) is exact in an fma, and corrects the
+    last bit. It asks for a scale whose inverse is a normal number; DIVIDE where that is not sure.
+    """
+    if DIVIDE:
+        return tl.math.div_rn(y, tl.broadcast_to(scale, y.shape))
+    inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    near = y * inverse
+    exact = tl.fma(tl.fma(-near, tl.broadcast_to(scale, y.shape), y), inverse, near)
+    return tl.where(scale < 1e30, exact, near)
 
 
 @triton.jit
@@ -86,11 +113,13 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     HAS_LIMIT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
+    ROUND_SIGMOID: tl.constexpr,
     ROUND_SILU: tl.constexpr,
     ROUND_PRODUCT: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     SCALE_BY_RECIPROCAL: tl.constexpr,
     QUANT_BY_RECIPROCAL: tl.constexpr,
+    DIVIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -118,7 +147,10 @@ def quant_kernel(  # type: ignore[no-untyped-def]
         else:
             gate = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)
             up = tl.load(x_rows + F + cols[None, :], mask=mask, other=0.0)
-        y = _gated(gate, up, alpha, limit, up_shift, dtype, HAS_LIMIT, ROUND_SILU, INTERPRETED)
+        y = _gated(
+            gate, up, alpha, limit, up_shift, dtype,
+            HAS_LIMIT, ROUND_SIGMOID, ROUND_SILU, INTERPRETED,
+        )  # fmt: skip
         y = _rounded(y, dtype, ROUND_PRODUCT, INTERPRETED)
     else:
         y = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -138,8 +170,9 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     if QUANT_BY_RECIPROCAL:
         q = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, :, None]
     else:
-        q = tl.math.div_rn(y, tl.broadcast_to(scale[:, :, None], y.shape))
-    q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
+        q = _quotient(y, scale[:, :, None], DIVIDE)
+    if INTERPRETED:  # a GPU's cast saturates
+        q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
     q = _to_e4m3(tl.reshape(q, [BLOCK_R, BLOCK_F]), q_ptr.dtype.element_ty, INTERPRETED)
     tl.store(q_ptr + rows.to(tl.int64)[:, None] * F + cols[None, :], q, mask=mask)
 
@@ -165,7 +198,8 @@ def launch(
     """Quantise rows, or gated pairs of halves, into `out`.
 
     reciprocals: is amax multiplied by 1 / 448, are values multiplied by 1 / scale?
-    activation: interleaved, alpha, limit, up_shift, weights, round_silu, round_product.
+    activation: interleaved, alpha, limit, up_shift, weights, round_sigmoid,
+        round_silu, round_product.
     """
     q_RF, scale_RG = out
     R, F = q_RF.shape
@@ -195,11 +229,13 @@ def launch(
         HAS_LIMIT=limit is not None,
         HAS_WEIGHTS=weights is not None,
         HAS_OFFSETS=offsets_E is not None,
+        ROUND_SIGMOID=activation.get("round_sigmoid", False),
         ROUND_SILU=activation.get("round_silu", False),
         ROUND_PRODUCT=activation.get("round_product", False),
         POWER_OF_TWO=power_of_two,
         SCALE_BY_RECIPROCAL=reciprocals[0],
         QUANT_BY_RECIPROCAL=reciprocals[1],
+        DIVIDE=not x_RX.is_cuda or max(amax_floor / LARGEST, scale_floor) < 1e-30,
         INTERPRETED=not x_RX.is_cuda,
         GROUP=group,
         BLOCK_R=rows,

@@ -1,9 +1,10 @@
 """Gate one half of each row by the silu of the other, and quantise it to float8 by groups.
 
 As `silu_mul` (interleaved, alpha, limit, up_shift) and then `quant_fp8` (everything else), without
-a trip through memory between them. `round_silu` and `round_product` round to x's dtype after the
-silu and after the product, as a model does that computes these as ops of their own; `weights`
-multiplies each row in float32 before it is quantised, as a routing weight folded in early.
+a trip through memory between them. `round_sigmoid` (of gate * sigmoid), `round_silu` and
+`round_product` round to x's dtype after each, as a model does that computes these as ops of their
+own; `weights` multiplies each row in float32 before it is quantised, as a routing weight folded in
+early.
 
 Letters: R rows, F features of one half, X = 2 * F, G = ceil(F / group) groups, E experts.
 Shapes: x [R, 2F], weights [R], offsets [E] -> q [R, F], scale [R, G]; see `quant_fp8` for the
@@ -32,6 +33,7 @@ def silu_mul_quant_reference(
     alpha: float = 1.0,
     limit: float | None = None,
     up_shift: float = 0.0,
+    round_sigmoid: bool = False,
     round_silu: bool = False,
     round_product: bool = False,
     group: int = 128,
@@ -43,7 +45,8 @@ def silu_mul_quant_reference(
     quant_by_reciprocal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What `silu_mul_quant` means, in plain PyTorch; rows of no expert are computed too."""
-    y_RF = _activation(x_RX, interleaved, alpha, limit, up_shift, round_silu, round_product)
+    rounds = (round_sigmoid, round_silu, round_product)
+    y_RF = _activation(x_RX, interleaved, alpha, limit, up_shift, rounds)
     if weights_R is not None:
         y_RF = y_RF * weights_R[:, None]
     how = (power_of_two, amax_floor, scale_floor, (scale_by_reciprocal, quant_by_reciprocal))
@@ -57,19 +60,21 @@ def _activation(
     alpha: float,
     limit: float | None,
     up_shift: float,
-    round_silu: bool,
-    round_product: bool,
+    rounds: tuple[bool, bool, bool],
 ) -> Tensor:
     """The gated rows in float32, rounded on the way where asked."""
     halves = (x_RX[:, ::2], x_RX[:, 1::2]) if interleaved else x_RX.chunk(2, dim=-1)
     gate_RF, up_RF = (half.float() for half in halves)
     if limit is not None:
         gate_RF, up_RF = gate_RF.clamp(max=limit), up_RF.clamp(-limit, limit)
-    silu_RF = gate_RF / (1 + torch.exp(-alpha * gate_RF))
-    if round_silu:
+    below_RF = 1 + torch.exp(-alpha * gate_RF)
+    silu_RF = gate_RF / below_RF
+    if rounds[0]:
+        silu_RF = gate_RF * (1 / below_RF).to(x_RX.dtype).float()
+    if rounds[1]:
         silu_RF = silu_RF.to(x_RX.dtype).float()
     y_RF = silu_RF * (up_RF + up_shift)
-    return y_RF.to(x_RX.dtype).float() if round_product else y_RF
+    return y_RF.to(x_RX.dtype).float() if rounds[2] else y_RF
 
 
 def silu_mul_quant_triton(
@@ -80,6 +85,7 @@ def silu_mul_quant_triton(
     alpha: float = 1.0,
     limit: float | None = None,
     up_shift: float = 0.0,
+    round_sigmoid: bool = False,
     round_silu: bool = False,
     round_product: bool = False,
     group: int = 128,
@@ -96,7 +102,8 @@ def silu_mul_quant_triton(
     launch(
         x_RX, out, group, power_of_two, *floors, (scale_by_reciprocal, quant_by_reciprocal),
         offsets_E, gated=True, weights=weights_R, interleaved=interleaved, alpha=alpha,
-        limit=limit, up_shift=up_shift, round_silu=round_silu, round_product=round_product,
+        limit=limit, up_shift=up_shift, round_sigmoid=round_sigmoid, round_silu=round_silu,
+        round_product=round_product,
     )  # fmt: skip
     return out
 
@@ -129,6 +136,7 @@ def _fake(
     alpha: float = 1.0,
     limit: float | None = None,
     up_shift: float = 0.0,
+    round_sigmoid: bool = False,
     round_silu: bool = False,
     round_product: bool = False,
     group: int = 128,
@@ -149,10 +157,10 @@ def _cpu(x_RX: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 silu_mul_quant = define(
     "silu_mul_quant(Tensor x, Tensor? weights=None, Tensor? offsets=None, bool interleaved=False,"
-    " float alpha=1.0, float? limit=None, float up_shift=0.0, bool round_silu=False,"
-    " bool round_product=False, int group=128, bool power_of_two=False, bool column_major=False,"
-    " float amax_floor=1e-10, float scale_floor=0.0, bool scale_by_reciprocal=False,"
-    " bool quant_by_reciprocal=False) -> (Tensor, Tensor)",
+    " float alpha=1.0, float? limit=None, float up_shift=0.0, bool round_sigmoid=False,"
+    " bool round_silu=False, bool round_product=False, int group=128, bool power_of_two=False,"
+    " bool column_major=False, float amax_floor=1e-10, float scale_floor=0.0,"
+    " bool scale_by_reciprocal=False, bool quant_by_reciprocal=False) -> (Tensor, Tensor)",
     cpu=_cpu,
     cuda=silu_mul_quant_triton,
     fake=_fake,

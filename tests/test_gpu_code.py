@@ -35,6 +35,47 @@ GEMM = {
     **{"stride_wh": "i32", "stride_wg": "i32"},
 }
 IN_F32 = {name: kind.replace("bf16", "fp32") for name, kind in GEMM.items()}
+QUANT = {
+    **{"x_ptr": "*bf16", "weights_ptr": "*fp32", "offsets_ptr": "*i32", "q_ptr": "*fp8e4nv"},
+    **{"scale_ptr": "*fp32", "R": "i32", "F": "i32", "E": "i32", "stride_xr": "i32"},
+    **{"stride_sr": "i32", "stride_sg": "i32", "alpha": "fp32", "limit": "fp32"},
+    **{"up_shift": "fp32", "amax_floor": "fp32", "scale_floor": "fp32"},
+}
+GEMM_FP8 = {
+    **{"x_ptr": "*fp8e4nv", "xs_ptr": "*fp32", "w_ptr": "*fp8e4nv", "ws_ptr": "*fp32"},
+    **{"offsets_ptr": "*i32", "rows_ptr": "*i32", "bias_ptr": "*bf16", "y_ptr": "*bf16"},
+    **{name: "i32" for name in ("R", "E", "H", "G", "top_k", "num_tiles", "stride_xn")},
+    **{f"stride_{name}": "i32" for name in ("xsn", "xsg", "we", "wg", "wse", "wsk", "wsg")},
+}
+ALL_REDUCE = {
+    **{"x_ptr": "*i32", "residual_ptr": "*bf16", "weight_ptr": "*bf16", "sum_ptr": "*bf16"},
+    **{"normed_ptr": "*bf16", "inboxes_ptr": "*i64", "exchanges_ptr": "*i32", "W": "i32"},
+    **{"row_words": "i32", "rows": "i32", "eps": "fp32"},
+}
+
+
+def quant(**constants):
+    """The constants of `quant_kernel`, all features off but those given."""
+    off = (
+        *("GATED", "INTERLEAVED", "HAS_LIMIT", "HAS_WEIGHTS", "HAS_OFFSETS", "ROUND_SIGMOID"),
+        *("ROUND_SILU", "ROUND_PRODUCT", "POWER_OF_TWO", "SCALE_BY_RECIPROCAL"),
+        *("QUANT_BY_RECIPROCAL", "DIVIDE", "INTERPRETED"),
+    )
+    block = {"GROUP": 128, "BLOCK_R": 1, "GROUPS": 8}
+    return {**dict.fromkeys(off, False), **block, **constants}
+
+
+def blocks_fp8(m, n, group, stages, **constants):
+    """The constants of `grouped_mm_fp8_kernel`."""
+    shape = {"BLOCK_M": m, "BLOCK_N": n, "GROUP": group, "STAGES": stages, "GROUP_K": 128}
+    flags = {"DENSE": False, "HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
+    return {**shape, **flags, "BLOCK_E": 128, **constants}
+
+
+def exchange(ranks, **constants):
+    """The constants of `_all_reduce_add_rms_norm_kernel`."""
+    shape = {"RANK": 1 % ranks, "RANKS": ranks, "BLOCK_W": 1024, "MOST_LOOKS": 1 << 30}
+    return {**shape, "ROUND_FIRST": True, "IS_BF16": True, **constants}
 
 
 def blocks(m, n, k, group, stages, **constants):
@@ -87,9 +128,34 @@ KERNELS = {  # module, kernel, types, constants, warps
         blocks(64, 64, 32, 8, 3, COMPENSATE=True),
         8,
     ),
+    "quant": ("quant", QUANT, quant(), 4),
+    "quant by division": ("quant", QUANT, quant(DIVIDE=True, POWER_OF_TWO=True), 4),
+    "quant of silu_mul": ("quant", QUANT, quant(GATED=True, HAS_OFFSETS=True, ROUND_SILU=True), 4),
+    "quant of gpt-oss": (
+        "quant",
+        QUANT,
+        quant(GATED=True, INTERLEAVED=True, HAS_LIMIT=True, HAS_WEIGHTS=True, ROUND_PRODUCT=True),
+        4,
+    ),
+    "grouped_mm_fp8 of one row": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(1, 16, 1, 3), 2),
+    "grouped_mm_fp8 of few rows": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(16, 64, 1, 4), 4),
+    "grouped_mm_fp8 of many rows": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(128, 128, 8, 4), 8),
+    "linear_fp8": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(64, 128, 4, 4, DENSE=True), 4),
+    "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),
+    "all_reduce_add_rms_norm of eight": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(8), 8),
+    "all_reduce_add_rms_norm of one": (
+        "all_reduce_add_rms_norm",
+        ALL_REDUCE,
+        exchange(1, IS_BF16=False, ROUND_FIRST=False),
+        8,
+    ),
 }
-MODULES = {"route": "_route_kernel", "grouped_mm": "_grouped_mm_kernel"}
-NAMES = {"route": "route_kernel", "grouped_mm": "grouped_mm_kernel"}
+MODULES = {
+    **{"route": "_route_kernel", "grouped_mm": "_grouped_mm_kernel", "quant": "_quant_kernel"},
+    "grouped_mm_fp8": "_grouped_mm_fp8_kernel",
+    "all_reduce_add_rms_norm": "_all_reduce_kernel",
+}
+NAMES = {op: f"{op}_kernel" for op in ("route", "grouped_mm", "quant", "grouped_mm_fp8")}
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,13 @@ def test_plain_matches_reference(fn, options, shape, dtype, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [*ROUNDINGS[:2], GPT_OSS, {"limit": 0.5}, {"round_silu": True, "round_product": True}],
+    [
+        *ROUNDINGS[:2],
+        GPT_OSS,
+        {"limit": 0.5},
+        {"round_silu": True, "round_product": True},
+        {"round_sigmoid": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("fn", GATED, ids=NAMES)
@@ -79,7 +85,7 @@ def test_gated_matches_reference(fn, options, shape, dtype, device):
     exact = silu_mul_reference(x.double(), **activation)
     err = (dequantized(*got).double() - exact).abs()
     step = got[1].repeat_interleave(128, 1)[:, :F]
-    assert (err <= exact.abs() / 14 + step / 256).all()
+    assert (err <= exact.abs() / 13 + step / 256).all()
 
 
 @pytest.mark.parametrize("fn", GATED, ids=NAMES)
@@ -131,11 +137,11 @@ def test_powers_of_two(fn, device):
 @pytest.mark.parametrize("fn", PLAIN, ids=NAMES)
 def test_extreme_values(fn, device):
     x = torch.zeros(4, 128, device=device)
-    x[1, 3], x[2, 5], x[3, 7] = 3e38, float("nan"), 1e-30
+    x[1, 3], x[1, 4], x[2, 5], x[3, 7] = 3e38, -1e38, float("nan"), 1e-30
     q, scale = fn(x)
     assert not q[0].float().any()  # a group of zeros, with the floor's scale
     torch.testing.assert_close(scale[0], torch.full_like(scale[0], 1e-10 / 448))
-    assert q[1, 3].float() == 448
+    assert q[1, 3:5].float().tolist() == [448, -144]
     if q.is_cuda or fn is quant_fp8:  # Triton's interpreter makes 384 of NaN
         assert q[2, 5].float().isnan()
     assert not q[3].float().any()

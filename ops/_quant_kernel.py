@@ -50,6 +50,7 @@ def _gated(  # type: ignore[no-untyped-def]
     up_shift,
     dtype,
     HAS_LIMIT: tl.constexpr,
+    ROUND_TERMS: tl.constexpr,
     ROUND_SIGMOID: tl.constexpr,
     ROUND_SILU: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -58,11 +59,12 @@ def _gated(  # type: ignore[no-untyped-def]
     if HAS_LIMIT:  # by comparisons, which leave NaN as it is
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    below = 1.0 + tl.exp(-alpha * gate)
+    below = 1.0 + tl.exp(-_rounded(alpha * gate, dtype, ROUND_TERMS, INTERPRETED))
+    up = _rounded(up + up_shift, dtype, ROUND_TERMS, INTERPRETED)
     silu = gate / below
     if ROUND_SIGMOID:
         silu = gate * _rounded(1.0 / below, dtype, True, INTERPRETED)
-    return _rounded(silu, dtype, ROUND_SILU, INTERPRETED) * (up + up_shift)
+    return _rounded(silu, dtype, ROUND_SILU, INTERPRETED) * up
 
 
 @triton.jit
@@ -113,6 +115,7 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     HAS_LIMIT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
+    ROUND_TERMS: tl.constexpr,
     ROUND_SIGMOID: tl.constexpr,
     ROUND_SILU: tl.constexpr,
     ROUND_PRODUCT: tl.constexpr,
@@ -149,7 +152,7 @@ def quant_kernel(  # type: ignore[no-untyped-def]
             up = tl.load(x_rows + F + cols[None, :], mask=mask, other=0.0)
         y = _gated(
             gate, up, alpha, limit, up_shift, dtype,
-            HAS_LIMIT, ROUND_SIGMOID, ROUND_SILU, INTERPRETED,
+            HAS_LIMIT, ROUND_TERMS, ROUND_SIGMOID, ROUND_SILU, INTERPRETED,
         )  # fmt: skip
         y = _rounded(y, dtype, ROUND_PRODUCT, INTERPRETED)
     else:
@@ -198,8 +201,8 @@ def launch(
     """Quantise rows, or gated pairs of halves, into `out`.
 
     reciprocals: is amax multiplied by 1 / 448, are values multiplied by 1 / scale?
-    activation: interleaved, alpha, limit, up_shift, weights, round_sigmoid,
-        round_silu, round_product.
+    activation: interleaved, alpha, limit, up_shift, weights, round_terms,
+        round_sigmoid, round_silu, round_product.
     """
     q_RF, scale_RG = out
     R, F = q_RF.shape
@@ -229,6 +232,7 @@ def launch(
         HAS_LIMIT=limit is not None,
         HAS_WEIGHTS=weights is not None,
         HAS_OFFSETS=offsets_E is not None,
+        ROUND_TERMS=activation.get("round_terms", False),
         ROUND_SIGMOID=activation.get("round_sigmoid", False),
         ROUND_SILU=activation.get("round_silu", False),
         ROUND_PRODUCT=activation.get("round_product", False),

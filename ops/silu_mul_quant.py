@@ -1,10 +1,10 @@
 """Gate one half of each row by the silu of the other, and quantise it to float8 by groups.
 
 As `silu_mul` (interleaved, alpha, limit, up_shift) and then `quant_fp8` (everything else), without
-a trip through memory between them. `round_sigmoid` (of gate * sigmoid), `round_silu` and
-`round_product` round to x's dtype after each, as a model does that computes these as ops of their
-own; `weights` multiplies each row in float32 before it is quantised, as a routing weight folded in
-early.
+a trip through memory between them. `round_terms` (alpha * gate and up + up_shift), `round_sigmoid`
+(of gate * sigmoid), `round_silu` and `round_product` round to x's dtype after each, as a model does
+that computes these as ops of their own; `weights` multiplies each row in float32 before it is
+quantised, as a routing weight folded in early.
 
 Letters: R rows, F features of one half, X = 2 * F, G = ceil(F / group) groups, E experts.
 Shapes: x [R, 2F], weights [R], offsets [E] -> q [R, F], scale [R, G]; see `quant_fp8` for the
@@ -33,6 +33,7 @@ def silu_mul_quant_reference(
     alpha: float = 1.0,
     limit: float | None = None,
     up_shift: float = 0.0,
+    round_terms: bool = False,
     round_sigmoid: bool = False,
     round_silu: bool = False,
     round_product: bool = False,
@@ -45,7 +46,7 @@ def silu_mul_quant_reference(
     quant_by_reciprocal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What `silu_mul_quant` means, in plain PyTorch; rows of no expert are computed too."""
-    rounds = (round_sigmoid, round_silu, round_product)
+    rounds = (round_terms, round_sigmoid, round_silu, round_product)
     y_RF = _activation(x_RX, interleaved, alpha, limit, up_shift, rounds)
     if weights_R is not None:
         y_RF = y_RF * weights_R[:, None]
@@ -60,21 +61,23 @@ def _activation(
     alpha: float,
     limit: float | None,
     up_shift: float,
-    rounds: tuple[bool, bool, bool],
+    rounds: tuple[bool, bool, bool, bool],
 ) -> Tensor:
     """The gated rows in float32, rounded on the way where asked."""
+
+    def rounded(y: Tensor, asked: bool) -> Tensor:
+        return y.to(x_RX.dtype).float() if asked else y
+
     halves = (x_RX[:, ::2], x_RX[:, 1::2]) if interleaved else x_RX.chunk(2, dim=-1)
     gate_RF, up_RF = (half.float() for half in halves)
     if limit is not None:
         gate_RF, up_RF = gate_RF.clamp(max=limit), up_RF.clamp(-limit, limit)
-    below_RF = 1 + torch.exp(-alpha * gate_RF)
+    below_RF = 1 + torch.exp(-rounded(alpha * gate_RF, rounds[0]))
     silu_RF = gate_RF / below_RF
-    if rounds[0]:
-        silu_RF = gate_RF * (1 / below_RF).to(x_RX.dtype).float()
     if rounds[1]:
-        silu_RF = silu_RF.to(x_RX.dtype).float()
-    y_RF = silu_RF * (up_RF + up_shift)
-    return y_RF.to(x_RX.dtype).float() if rounds[2] else y_RF
+        silu_RF = gate_RF * rounded(1 / below_RF, True)
+    y_RF = rounded(silu_RF, rounds[2]) * rounded(up_RF + up_shift, rounds[0])
+    return rounded(y_RF, rounds[3])
 
 
 def silu_mul_quant_triton(
@@ -85,6 +88,7 @@ def silu_mul_quant_triton(
     alpha: float = 1.0,
     limit: float | None = None,
     up_shift: float = 0.0,
+    round_terms: bool = False,
     round_sigmoid: bool = False,
     round_silu: bool = False,
     round_product: bool = False,
@@ -102,8 +106,8 @@ def silu_mul_quant_triton(
     launch(
         x_RX, out, group, power_of_two, *floors, (scale_by_reciprocal, quant_by_reciprocal),
         offsets_E, gated=True, weights=weights_R, interleaved=interleaved, alpha=alpha,
-        limit=limit, up_shift=up_shift, round_sigmoid=round_sigmoid, round_silu=round_silu,
-        round_product=round_product,
+        limit=limit, up_shift=up_shift, round_terms=round_terms, round_sigmoid=round_sigmoid,
+        round_silu=round_silu, round_product=round_product,
     )  # fmt: skip
     return out
 
@@ -136,6 +140,7 @@ def _fake(
     alpha: float = 1.0,
     limit: float | None = None,
     up_shift: float = 0.0,
+    round_terms: bool = False,
     round_sigmoid: bool = False,
     round_silu: bool = False,
     round_product: bool = False,
@@ -157,7 +162,8 @@ def _cpu(x_RX: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 silu_mul_quant = define(
     "silu_mul_quant(Tensor x, Tensor? weights=None, Tensor? offsets=None, bool interleaved=False,"
-    " float alpha=1.0, float? limit=None, float up_shift=0.0, bool round_sigmoid=False,"
+    " float alpha=1.0, float? limit=None, float up_shift=0.0, bool round_terms=False,"
+    " bool round_sigmoid=False,"
     " bool round_silu=False, bool round_product=False, int group=128, bool power_of_two=False,"
     " bool column_major=False, float amax_floor=1e-10, float scale_floor=0.0,"
     " bool scale_by_reciprocal=False, bool quant_by_reciprocal=False) -> (Tensor, Tensor)",

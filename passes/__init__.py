@@ -12,6 +12,7 @@ from moe_compile.passes.elide_all_reduces import elide_all_reduces
 from moe_compile.passes.find_activation import find_activation
 from moe_compile.passes.find_experts import find_experts
 from moe_compile.passes.find_routing import find_routing
+from moe_compile.passes.fuse_activation_quant import fuse_activation_quant
 from moe_compile.passes.fuse_all_reduce import fuse_all_reduce
 from moe_compile.passes.hoist_constants import hoist_constants
 from moe_compile.passes.lint_collectives import lint_collectives
@@ -20,6 +21,7 @@ PASSES: tuple[Pass, ...] = (
     find_experts,
     find_routing,
     find_activation,
+    fuse_activation_quant,
     lint_collectives,
     elide_all_reduces,
     drop_marks,

@@ -139,10 +139,10 @@ def _silu_mul(h: fx.Node) -> Found | None:
             continue
         gate, alpha = swish
         up, shift = _shifted(right)
-        gate, _, high = _clamped(gate)
-        up, low, limit = _clamped(up)
-        if (high, low) != (limit, None if limit is None else -limit):
+        clamped = _limited(gate, up)
+        if clamped is None:
             return None
+        gate, up, limit = clamped
         halves = _halves(gate, up)
         if halves is None:
             return None
@@ -218,6 +218,14 @@ def _clamped(node: Any) -> tuple[Any, float | None, float | None]:
     return node, low, high
 
 
+def _limited(gate: Any, up: Any) -> tuple[Any, Any, float | None] | None:
+    """(gate, up, limit) without their clamps, if gate is below limit and up between +-limit."""
+    gate, gate_low, high = _clamped(gate)
+    up, low, limit = _clamped(up)
+    expected = (None, limit, None if limit is None else -limit)
+    return (gate, up, limit) if (gate_low, high, low) == expected else None
+
+
 def _gelu_mul(h: fx.Node) -> Found | None:
     if not is_call(h, aten.mul.Tensor):
         return None
@@ -289,8 +297,8 @@ def _relu2(h: fx.Node) -> Found | None:
     return (x, moe.relu2.default, {}) if has_val(x) and val(x).ndim == 2 else None
 
 
-def _halves(gate: Any, up: Any) -> tuple[fx.Node, bool] | None:
-    """(x, interleaved) if gate and up are the two halves of x [R, 2F], gate first."""
+def _halves(gate: Any, up: Any, ndim: int | None = 2) -> tuple[fx.Node, bool] | None:
+    """(x, interleaved) if gate and up are the two halves of x's columns, gate first."""
     read: Callable[[Any], tuple[Any, Any] | None]
     for read, interleaved in ((_part, False), (_stride, True)):
         first, second = read(gate), read(up)
@@ -298,7 +306,7 @@ def _halves(gate: Any, up: Any) -> tuple[fx.Node, bool] | None:
             continue
         (x, place), (other, next_place) = first, second
         x, other = _whole(x), _whole(other)
-        if x is other and (place, next_place) == (0, 1) and val(x).ndim == 2:
+        if x is other and (place, next_place) == (0, 1) and ndim in (None, val(x).ndim):
             return x, interleaved
     return None
 
@@ -311,9 +319,9 @@ def _part(node: Any) -> tuple[Any, Any] | None:
     splits = (aten.split.Tensor, aten.split_with_sizes.default)
     if is_call(node, operator.getitem) and is_call(node.args[0], *splits):
         x, _, *dim = node.args[0].args
-        even = dim and dim[0] in (1, -1) and same(val(x).shape[-1], 2 * width)
+        even = dim and _is_last(dim[0], x) and same(val(x).shape[-1], 2 * width)
         return (x, node.args[1]) if even else None
-    if is_call(node, aten.slice.Tensor) and len(node.args) == 4 and node.args[1] in (1, -1):
+    if is_call(node, aten.slice.Tensor) and len(node.args) == 4 and _is_last(node.args[1], node):
         x, _, start, _ = node.args
         start = start.meta["val"] if isinstance(start, fx.Node) else start
         if same(val(x).shape[-1], 2 * width) and (same(start, 0) or same(start, width)):
@@ -321,9 +329,13 @@ def _part(node: Any) -> tuple[Any, Any] | None:
     return None
 
 
+def _is_last(dim: Any, x: fx.Node) -> bool:
+    return bool(dim % val(x).ndim == val(x).ndim - 1)
+
+
 def _stride(node: Any) -> tuple[Any, Any] | None:
     """(x, i) if `node` is every second column of x, from column i."""
-    if is_call(node, aten.slice.Tensor) and len(node.args) == 5 and node.args[1] in (1, -1):
+    if is_call(node, aten.slice.Tensor) and len(node.args) == 5 and _is_last(node.args[1], node):
         x, _, start, _, step = node.args
         even = same(val(x).shape[-1], 2 * val(node).shape[-1])
         return (x, start) if step == 2 and start in (0, 1) and even else None

@@ -115,6 +115,12 @@ def one_sided(x):
     return F.silu(gate.clamp(max=1.5)) * up.clamp(max=1.5)
 
 
+def gate_clamped_below(x):
+    """Once taken for a gate that is only clamped above."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate.clamp(-1.5, 1.5)) * up.clamp(-1.5, 1.5)
+
+
 def other_gate(x):
     gate, up = x.chunk(2, -1)
     return (gate * torch.sigmoid(up)) * up
@@ -139,6 +145,7 @@ NEAR_MISSES = {
     uneven: 3,
     other_clamp: 2,
     one_sided: 2,
+    gate_clamped_below: 2,
     other_gate: 2,
     nearly_gelu: 2,
     relu3: 1,

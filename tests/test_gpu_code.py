@@ -57,8 +57,8 @@ ALL_REDUCE = {
 def quant(**constants):
     """The constants of `quant_kernel`, all features off but those given."""
     off = (
-        *("GATED", "INTERLEAVED", "HAS_LIMIT", "HAS_WEIGHTS", "HAS_OFFSETS", "ROUND_SIGMOID"),
-        *("ROUND_SILU", "ROUND_PRODUCT", "POWER_OF_TWO", "SCALE_BY_RECIPROCAL"),
+        *("GATED", "INTERLEAVED", "HAS_LIMIT", "HAS_WEIGHTS", "HAS_OFFSETS", "ROUND_TERMS"),
+        *("ROUND_SIGMOID", "ROUND_SILU", "ROUND_PRODUCT", "POWER_OF_TWO", "SCALE_BY_RECIPROCAL"),
         *("QUANT_BY_RECIPROCAL", "DIVIDE", "INTERPRETED"),
     )
     block = {"GROUP": 128, "BLOCK_R": 1, "GROUPS": 8}

@@ -72,6 +72,7 @@ def test_plain_matches_reference(fn, options, shape, dtype, device):
         {"limit": 0.5},
         {"round_silu": True, "round_product": True},
         {"round_sigmoid": True},
+        {**GPT_OSS, "round_terms": True},
     ],
     ids=str,
 )

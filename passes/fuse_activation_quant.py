@@ -1,0 +1,166 @@
+"""Fuse an activation with the quantisation to float8 behind it."""
+
+from typing import Any
+
+from torch import fx
+
+from moe_compile.ops import moe
+from moe_compile.passes._gated_silu import gated_silu_of
+from moe_compile.passes._graph import args, aten, call, is_call, unpack, val
+from moe_compile.passes._outcome import Declined, Outcome, exactness
+from moe_compile.passes._quant_group import QuantGroup, casts_to_fp8, peel, quant_group_of
+
+_GEMMS = (moe.grouped_mm_fp8.default, moe.linear_fp8.default)
+
+
+@exactness("reassociating")
+def fuse_activation_quant(graph: fx.Graph) -> Outcome:
+    """Make silu(gate) * up and the quantisation of its groups one op.
+
+    Before:
+        arg0_1: bf16[4, 512]
+        split = aten.split.Tensor(arg0_1, 256, -1)
+        getitem: bf16[4, 256] = split[0]
+        getitem_1: bf16[4, 256] = split[1]
+        convert_element_type: f32[4, 256] = prims.convert_element_type(getitem, f32)
+        neg: f32[4, 256] = aten.neg(convert_element_type)
+        exp: f32[4, 256] = aten.exp(neg)
+        add: f32[4, 256] = aten.add.Tensor(exp, 1)
+        div: f32[4, 256] = aten.div.Tensor(convert_element_type, add)
+        convert_element_type_1: bf16[4, 256] = prims.convert_element_type(div, bf16)
+        mul: bf16[4, 256] = aten.mul.Tensor(convert_element_type_1, getitem_1)
+        reshape: bf16[4, 2, 128] = aten.reshape(mul, [4, 2, 128])
+        convert_element_type_2: f32[4, 2, 128] = prims.convert_element_type(reshape, f32)
+        abs: f32[4, 2, 128] = aten.abs(convert_element_type_2)
+        amax: f32[4, 2, 1] = aten.amax(abs, [-1], True)
+        clamp_min: f32[4, 2, 1] = aten.clamp_min(amax, 1e-10)
+        div_1: f32[4, 2, 1] = aten.div.Tensor(clamp_min, 448)
+        div_2: f32[4, 2, 128] = aten.div.Tensor(convert_element_type_2, div_1)
+        convert_element_type_3: f8e4m3[4, 2, 128] = prims.convert_element_type(div_2, f8e4m3)
+        return [convert_element_type_3, div_1]
+
+    After:
+        arg0_1: bf16[4, 512]
+        silu_mul_quant = moe_compile.silu_mul_quant(arg0_1, round_silu=True, round_product=True, amax_floor=1.000000013351432e-10)
+        getitem: f8e4m3[4, 256] = silu_mul_quant[0]
+        getitem_1: f32[4, 2] = silu_mul_quant[1]
+        reshape: f8e4m3[4, 2, 128] = aten.reshape(getitem, [4, 2, 128])
+        reshape_1: f32[4, 2, 1] = aten.reshape(getitem_1, [4, 2, 1])
+        return [reshape, reshape_1]
+
+    Known: silu and gate * sigmoid(gate), with alpha, clamps and a shifted up; halves by chunk, split or
+    slices, side by side or interleaved; the largest magnitude by amax, max or a norm; floors on it or on
+    the scale; division and multiplication by the reciprocal; powers of two; any views between. And
+    `quant_fp8` behind any of these, where rows of no expert are skipped if just a GEMM reads them.
+    Left alone: groups other than 64 and 128; columns that no group divides; scales rounded to less than
+    float32, of other values, or shifted by an epsilon; activations that anything else reads; gate and up
+    from two tensors; static scales; quantisation without an activation, which Inductor fuses.
+    Numerics: rounds to x's dtype where the model does; exp differs in the last places of float32.
+    """  # noqa: E501
+    outcome = Outcome()
+    for cast in casts_to_fp8(graph):
+        try:
+            _fuse(graph, quant_group_of(cast), outcome)
+        except Declined as reason:
+            outcome.decline(cast, str(reason))
+    for quant in graph.find_nodes(op="call_function", target=moe.quant_fp8.default):
+        try:
+            _fuse_op(graph, quant, outcome)
+        except Declined as reason:
+            outcome.decline(quant, str(reason))
+    return outcome
+
+
+def _fuse(graph: fx.Graph, found: QuantGroup, outcome: Outcome) -> None:
+    x, activation = gated_silu_of(found.y)
+    _is_read_only_there(found.y, found)
+    # Where both exist: before the first of them that anything reads.
+    first = min(found.q, found.scale)
+    options = {**activation, **_unusual(found.options)}
+    with graph.inserting_before(first):
+        rows = _rows(graph, x, first)
+        new = call(graph, moe.silu_mul_quant.default, rows, like=found.q, **options)
+        q, scale = unpack(graph, new, 2)
+        for old, made in ((found.q, q), (found.scale, scale)):
+            shaped = _shaped(graph, made, old)
+            old.replace_all_uses_with(shaped)
+    outcome.rewrote(found.q, _describe(options, val(x).shape[-1] // 2))
+
+
+def _fuse_op(graph: fx.Graph, quant: fx.Node, outcome: Outcome) -> None:
+    y = peel(args(quant)[0])
+    if val(y).dtype != val(args(quant)[0]).dtype:
+        raise Declined("what is quantised was widened first")
+    x, activation = gated_silu_of(y)
+    schema = [a.name for a in moe.quant_fp8.default._schema.arguments]
+    given = {**dict(zip(schema[1:], args(quant)[1:], strict=False)), **quant.kwargs}
+    if given.get("offsets") is None and (offsets := _offsets_of_reader(quant)) is not None:
+        given["offsets"] = offsets
+    options = {**activation, **given}
+    with graph.inserting_before(quant):
+        rows = _rows(graph, x, quant)
+        new = call(graph, moe.silu_mul_quant.default, rows, like=quant, **options)
+    quant.replace_all_uses_with(new)
+    shown = {k: v for k, v in options.items() if not isinstance(v, fx.Node)}
+    outcome.rewrote(quant, _describe(shown, val(x).shape[-1] // 2))
+
+
+def _unusual(options: dict[str, Any]) -> dict[str, Any]:
+    """Without the op's defaults."""
+    defaults = {"group": 128, "scale_floor": 0.0, "amax_floor": 1e-10, "quant_by_reciprocal": False}
+    return {k: v for k, v in options.items() if defaults.get(k) != v or k not in defaults}
+
+
+def _is_read_only_there(y: fx.Node, found: QuantGroup) -> None:
+    """Does nothing but the quantisation read the activation, which then needs no memory?"""
+    seen, todo = {y}, list(y.users)
+    while todo:
+        node = todo.pop()
+        if node in seen or node is found.q or node is found.scale:
+            continue
+        if node.op == "output":
+            raise Declined("the activation itself is returned, too")
+        seen.add(node)
+        todo += node.users
+
+
+def _offsets_of_reader(quant: fx.Node) -> Any:
+    """The offsets that say which rows exist, if just one grouped GEMM reads q and its scales."""
+    readers = {user for part in quant.users for user in part.users}
+    if len(readers) != 1 or not is_call(reader := readers.pop(), moe.grouped_mm_fp8.default):
+        return None
+    x, x_scale, _, _, offsets, *rest = args(reader)
+    has_rows = (rest and rest[0] is not None) or reader.kwargs.get("rows") is not None
+    inputs = {x, x_scale} == set(quant.users)
+    is_before = offsets.op == "placeholder" or offsets < quant
+    return offsets if inputs and not has_rows and is_before else None
+
+
+def _rows(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
+    """x as [R, 2F]."""
+    if val(x).ndim == 2:
+        return x
+    return call(graph, aten.reshape.default, x, [-1, val(x).shape[-1]], like=like)
+
+
+def _shaped(graph: fx.Graph, made: fx.Node, old: fx.Node) -> fx.Node:
+    """`made` in the shape of what it replaces."""
+    if val(made).shape == val(old).shape:
+        return made
+    return call(graph, aten.reshape.default, made, _sizes(graph, old), like=old)
+
+
+def _sizes(graph: fx.Graph, old: fx.Node) -> list[Any]:
+    """The shape, with -1 for the one size that may be symbolic."""
+    sizes: list[Any] = list(val(old).shape)
+    symbolic = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
+    if len(symbolic) > 1:
+        raise Declined("several sizes that are not known")
+    if symbolic:
+        sizes[symbolic[0]] = -1
+    return sizes
+
+
+def _describe(options: dict[str, Any], F: int) -> str:
+    words = ", ".join(f"{k}={v}" for k, v in options.items())
+    return f"silu_mul_quant({words}), {F} columns"

@@ -10,6 +10,7 @@ require_torch()
 from moe_compile import parallel  # noqa: E402
 from moe_compile.backend import moe_compile as backend  # noqa: E402
 from moe_compile.constants import refresh  # noqa: E402
+from moe_compile.fp8 import quantize  # noqa: E402
 from moe_compile.huggingface import prepare, register_experts  # noqa: E402
 from moe_compile.options import Options  # noqa: E402
 from moe_compile.report import Report, explain  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "parallel",
     "prepare",
+    "quantize",
     "refresh",
     "register_experts",
 ]

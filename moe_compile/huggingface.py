@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_compile._facts import mark_parameters
+from moe_compile.fp8 import FP8, experts_forward_fp8, use_fp8_kernels
 from moe_compile.ops import moe
 from moe_compile.options import parse_options
 
@@ -25,9 +26,7 @@ def register_experts() -> None:
     from transformers.integrations.moe import ExpertsInterface
 
     ExpertsInterface.register(NAME, experts_forward)
-    # Names are checked against both registries together, so one missing there would pass the check
-    # and then fail in the first forward with a KeyError.
-    FP8ExpertsInterface.register(NAME, _refuse_fp8)
+    FP8ExpertsInterface.register(NAME, _forward_by_dtype)
 
 
 def experts_forward(self: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -58,11 +57,10 @@ def _bias(self: Any, name: str) -> Tensor | None:
     return getattr(self, name) if self.has_bias else None
 
 
-def _refuse_fp8(self: Any, *_: Any, **__: Any) -> Tensor:
-    raise TypeError(
-        "moe_compile: expected experts in float32, float16 or bfloat16, got "
-        f"{type(self).__name__} (use another experts_implementation for FP8 checkpoints)"
-    )
+def _forward_by_dtype(self: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """transformers' FP8 experts hold bfloat16 weights where a checkpoint was dequantised."""
+    forward = experts_forward_fp8 if self.down_proj.dtype == FP8 else experts_forward
+    return forward(self, x_TH, ids_TK, weights_TK)
 
 
 def prepare(
@@ -75,8 +73,8 @@ def prepare(
     """Make `model.generate(...)` decode on moe_compile, and return the model.
 
     Sets the experts implementation (so that prefill, which generate runs uncompiled, uses our ops
-    too), a static cache, and the compile config. `torch.compile(model, ...)` has no effect on
-    `model.generate`: it delegates to the model's own forward.
+    too), our kernels for FP8 layers, a static cache, and the compile config. `torch.compile(model)`
+    has no effect on `model.generate`: it delegates to the model's own forward.
     mode, options, fullgraph: as for torch.compile; on CPU, which has no CUDA graphs, mode is None.
     Errors: ValueError if the model is no transformers model that generates.
     """
@@ -93,6 +91,7 @@ def prepare(
     mode = None if on_cpu or mode == "default" else mode
     parse_options(mode, options)  # a wrong key fails here, not in the first decode step
     register_experts()
+    use_fp8_kernels()
     if model._can_set_experts_implementation():
         model.set_experts_implementation(NAME)
     # torch.compile takes mode or options, not both: with options, the mode travels among them.

@@ -95,6 +95,7 @@ def _power_of_two(scale):  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["R"])
 def quant_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
+    up_ptr,
     weights_ptr,
     offsets_ptr,
     q_ptr,
@@ -103,6 +104,7 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     F,
     E,
     stride_xr,
+    stride_ur,
     stride_sr,
     stride_sg,
     alpha,
@@ -149,7 +151,8 @@ def quant_kernel(  # type: ignore[no-untyped-def]
             gate, up = tl.split(tl.reshape(x, [BLOCK_R, BLOCK_F, 2]))
         else:
             gate = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)
-            up = tl.load(x_rows + F + cols[None, :], mask=mask, other=0.0)
+            up_rows = up_ptr + rows.to(tl.int64)[:, None] * stride_ur
+            up = tl.load(up_rows + cols[None, :], mask=mask, other=0.0)
         y = _gated(
             gate, up, alpha, limit, up_shift, dtype,
             HAS_LIMIT, ROUND_TERMS, ROUND_SIGMOID, ROUND_SILU, INTERPRETED,
@@ -201,7 +204,7 @@ def launch(
     """Quantise rows, or gated pairs of halves, into `out`.
 
     reciprocals: is amax multiplied by 1 / 448, are values multiplied by 1 / scale?
-    activation: interleaved, alpha, limit, up_shift, weights, round_terms,
+    activation: up, interleaved, alpha, limit, up_shift, weights, round_terms,
         round_sigmoid, round_silu, round_product.
     """
     q_RF, scale_RG = out
@@ -209,10 +212,15 @@ def launch(
     if R * F == 0:
         return
     x_RX = x_RX if x_RX.stride(1) == 1 else x_RX.contiguous()
+    up = activation.get("up")
+    if up is None:  # the second half, which the kernel reads only if that is what x holds
+        up = x_RX[:, F:] if gated else x_RX
+    up = up if up.stride(1) == 1 else up.contiguous()
     rows, groups, warps = choose_block(R, F, group)
     limit, weights = activation.get("limit"), activation.get("weights")
     quant_kernel[(triton.cdiv(R, rows) * triton.cdiv(F, groups * group),)](
         x_RX,
+        up,
         weights if weights is None else weights.contiguous(),
         offsets_E if offsets_E is None else offsets_E.contiguous(),
         q_RF,
@@ -221,6 +229,7 @@ def launch(
         F,
         0 if offsets_E is None else offsets_E.shape[0],
         x_RX.stride(0),
+        up.stride(0),
         *scale_RG.stride(),
         float(activation.get("alpha", 1.0)),
         0.0 if limit is None else float(limit),

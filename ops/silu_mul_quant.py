@@ -1,16 +1,19 @@
-"""Gate one half of each row by the silu of the other, and quantise it to float8 by groups.
+"""Gate rows by the silu of others, and quantise them to float8 by groups.
 
-As `silu_mul` (interleaved, alpha, limit, up_shift) and then `quant_fp8` (everything else), without
-a trip through memory between them. `round_terms` (alpha * gate and up + up_shift), `round_sigmoid`
-(of gate * sigmoid), `round_silu` and `round_product` round to x's dtype after each, as a model does
-that computes these as ops of their own; `weights` multiplies each row in float32 before it is
-quantised, as a routing weight folded in early.
+x holds gate and up side by side, or gate alone where `up` is given. As `silu_mul` (interleaved,
+alpha, limit, up_shift) and then `quant_fp8` (everything else), without a trip through memory
+between them. `round_terms` (alpha * gate and up + up_shift), `round_sigmoid` (of gate * sigmoid),
+`round_silu` and `round_product` round to x's dtype after each, as a model does that computes these
+as ops of their own; `weights` multiplies each row in float32 before it is quantised, as a routing
+weight folded in early.
 
-Letters: R rows, F features of one half, X = 2 * F, G = ceil(F / group) groups, E experts.
-Shapes: x [R, 2F], weights [R], offsets [E] -> q [R, F], scale [R, G]; see `quant_fp8` for the
-    scale's layout and for what offsets leave unwritten.
+Letters: R rows, F features, X = 2 * F, or F where up is given, G = ceil(F / group) groups, E
+    experts.
+Shapes: x [R, 2F], or x and up [R, F]; weights [R], offsets [E] -> q [R, F], scale [R, G]; see
+    `quant_fp8` for the scale's layout and for what offsets leave unwritten.
 Dtypes: x float32, float16 or bfloat16; weights float32; q float8_e4m3fn, scale float32.
-Errors: ValueError as those two ops, and for weights of another shape or dtype.
+Errors: ValueError as those two ops, for weights of another shape or dtype, and for an up that is
+    not like x or comes with `interleaved`.
 Source: as `silu_mul` and `quant_fp8`; the folded weight is DeepGEMM's MegaMoE, DeepSeek-AI 2026.
 """
 
@@ -27,6 +30,7 @@ from moe_compile.ops.quant_fp8 import AMAX_FLOOR, check_quant
 
 def silu_mul_quant_reference(
     x_RX: Tensor,
+    up_RF: Tensor | None = None,
     weights_R: Tensor | None = None,
     offsets_E: Tensor | None = None,
     interleaved: bool = False,
@@ -47,7 +51,7 @@ def silu_mul_quant_reference(
 ) -> tuple[Tensor, Tensor]:
     """What `silu_mul_quant` means, in plain PyTorch; rows of no expert are computed too."""
     rounds = (round_terms, round_sigmoid, round_silu, round_product)
-    y_RF = _activation(x_RX, interleaved, alpha, limit, up_shift, rounds)
+    y_RF = _activation(x_RX, up_RF, interleaved, alpha, limit, up_shift, rounds)
     if weights_R is not None:
         y_RF = y_RF * weights_R[:, None]
     how = (power_of_two, amax_floor, scale_floor, (scale_by_reciprocal, quant_by_reciprocal))
@@ -57,6 +61,7 @@ def silu_mul_quant_reference(
 
 def _activation(
     x_RX: Tensor,
+    up: Tensor | None,
     interleaved: bool,
     alpha: float,
     limit: float | None,
@@ -69,7 +74,7 @@ def _activation(
         return y.to(x_RX.dtype).float() if asked else y
 
     halves = (x_RX[:, ::2], x_RX[:, 1::2]) if interleaved else x_RX.chunk(2, dim=-1)
-    gate_RF, up_RF = (half.float() for half in halves)
+    gate_RF, up_RF = (half.float() for half in (halves if up is None else (x_RX, up)))
     if limit is not None:
         gate_RF, up_RF = gate_RF.clamp(max=limit), up_RF.clamp(-limit, limit)
     below_RF = 1 + torch.exp(-rounded(alpha * gate_RF, rounds[0]))
@@ -82,6 +87,7 @@ def _activation(
 
 def silu_mul_quant_triton(
     x_RX: Tensor,
+    up_RF: Tensor | None = None,
     weights_R: Tensor | None = None,
     offsets_E: Tensor | None = None,
     interleaved: bool = False,
@@ -102,10 +108,10 @@ def silu_mul_quant_triton(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel: one program for a few groups of a few rows."""
     floors = (amax_floor, scale_floor)
-    out = _outputs(x_RX, weights_R, offsets_E, group, floors, column_major)
+    out = _outputs(x_RX, up_RF, interleaved, weights_R, offsets_E, group, floors, column_major)
     launch(
         x_RX, out, group, power_of_two, *floors, (scale_by_reciprocal, quant_by_reciprocal),
-        offsets_E, gated=True, weights=weights_R, interleaved=interleaved, alpha=alpha,
+        offsets_E, gated=True, up=up_RF, weights=weights_R, interleaved=interleaved, alpha=alpha,
         limit=limit, up_shift=up_shift, round_terms=round_terms, round_sigmoid=round_sigmoid,
         round_silu=round_silu, round_product=round_product,
     )  # fmt: skip
@@ -114,6 +120,8 @@ def silu_mul_quant_triton(
 
 def _outputs(
     x_RX: Tensor,
+    up_RF: Tensor | None,
+    interleaved: bool,
     weights_R: Tensor | None,
     offsets_E: Tensor | None,
     group: int,
@@ -121,10 +129,16 @@ def _outputs(
     column_major: bool,
 ) -> tuple[Tensor, Tensor]:
     op = "silu_mul_quant"
-    check_dims(op, "x", x_RX, "[R, 2F]")
-    check(x_RX.shape[1] % 2 == 0, op, "x [R, 2F]", list(x_RX.shape))
-    check_quant(op, x_RX, group, floors, weights=weights_R, offsets=offsets_E)
-    R, F = x_RX.shape[0], x_RX.shape[1] // 2
+    check_dims(op, "x", x_RX, "[R, F]" if up_RF is not None else "[R, 2F]")
+    check_quant(op, x_RX, group, floors, up=up_RF, weights=weights_R, offsets=offsets_E)
+    R, F = x_RX.shape
+    if up_RF is None:
+        check(F % 2 == 0, op, "x [R, 2F]", list(x_RX.shape))
+        F = F // 2
+    else:
+        check(up_RF.shape == x_RX.shape, op, f"up {list(x_RX.shape)} as x", up_RF.shape)
+        check(up_RF.dtype == x_RX.dtype, op, f"up in x's {x_RX.dtype}", up_RF.dtype)
+        check(not interleaved, op, "no up where gate and up are interleaved", "both")
     if weights_R is not None:
         check_dims(op, "weights", weights_R, "[R]")
         check(weights_R.shape[0] == R, op, f"weights [{R}]", weights_R.shape)
@@ -134,6 +148,7 @@ def _outputs(
 
 def _fake(
     x_RX: Tensor,
+    up_RF: Tensor | None = None,
     weights_R: Tensor | None = None,
     offsets_E: Tensor | None = None,
     interleaved: bool = False,
@@ -152,7 +167,16 @@ def _fake(
     scale_by_reciprocal: bool = False,
     quant_by_reciprocal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(x_RX, weights_R, offsets_E, group, (amax_floor, scale_floor), column_major)
+    return _outputs(
+        x_RX,
+        up_RF,
+        interleaved,
+        weights_R,
+        offsets_E,
+        group,
+        (amax_floor, scale_floor),
+        column_major,
+    )
 
 
 def _cpu(x_RX: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -161,12 +185,12 @@ def _cpu(x_RX: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 silu_mul_quant = define(
-    "silu_mul_quant(Tensor x, Tensor? weights=None, Tensor? offsets=None, bool interleaved=False,"
-    " float alpha=1.0, float? limit=None, float up_shift=0.0, bool round_terms=False,"
-    " bool round_sigmoid=False,"
-    " bool round_silu=False, bool round_product=False, int group=128, bool power_of_two=False,"
-    " bool column_major=False, float amax_floor=1e-10, float scale_floor=0.0,"
-    " bool scale_by_reciprocal=False, bool quant_by_reciprocal=False) -> (Tensor, Tensor)",
+    "silu_mul_quant(Tensor x, Tensor? up=None, Tensor? weights=None, Tensor? offsets=None,"
+    " bool interleaved=False, float alpha=1.0, float? limit=None, float up_shift=0.0,"
+    " bool round_terms=False, bool round_sigmoid=False, bool round_silu=False,"
+    " bool round_product=False, int group=128, bool power_of_two=False, bool column_major=False,"
+    " float amax_floor=1e-10, float scale_floor=0.0, bool scale_by_reciprocal=False,"
+    " bool quant_by_reciprocal=False) -> (Tensor, Tensor)",
     cpu=_cpu,
     cuda=silu_mul_quant_triton,
     fake=_fake,

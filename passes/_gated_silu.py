@@ -14,6 +14,7 @@ from moe_compile.passes._graph import (
     is_call,
     is_widening,
     operands,
+    same_shape,
     val,
 )
 from moe_compile.passes._outcome import Declined
@@ -29,15 +30,18 @@ from moe_compile.passes.find_activation import _times as _alpha_of
 DEFAULTS = {"interleaved": False, "alpha": 1.0, "limit": None, "up_shift": 0.0}
 
 
-def gated_silu_of(y: fx.Node) -> tuple[fx.Node, dict[str, Any]]:
-    """(x, options of `silu_mul_quant`) where y [.., F] is the activation of x [.., 2F].
+Inputs = tuple[fx.Node, fx.Node | None]
 
-    Raises Declined with the reason.
+
+def gated_silu_of(y: fx.Node) -> tuple[Inputs, dict[str, Any]]:
+    """((x, None) or (gate, up), options of `silu_mul_quant`) of which y [.., F] is the activation.
+
+    x is [.., 2F], both halves of one tensor. Raises Declined with the reason.
     """
     if is_call(y, moe.silu_mul.default):
         x, *given = args(y)
         options = dict(zip(DEFAULTS, given, strict=False))
-        return x, {**options, **y.kwargs, **_only_true(round_product=_is_half(y))}
+        return (x, None), {**options, **y.kwargs, **_only_true(round_product=_is_half(y))}
     product, round_product = _unrounded(y)
     if not is_call(product, aten.mul.Tensor):
         raise Declined("no silu(gate) * up before the quantisation")
@@ -56,9 +60,8 @@ def gated_silu_of(y: fx.Node) -> tuple[fx.Node, dict[str, Any]]:
             raise Declined("gate and up are clamped to bounds that the op has not")
         gate, up, limit = clamped
         halves = _halves(gate, up, ndim=None)
-        if halves is None:
-            raise Declined("gate and up are not the two halves of one tensor")
-        x, interleaved = halves
+        inputs, interleaved = ((halves[0], None), halves[1]) if halves else ((gate, up), False)
+        _check_inputs(y, inputs, limit)
         options = {"interleaved": interleaved, "alpha": alpha, "limit": limit, "up_shift": shift}
         rounds = _only_true(
             round_terms=any(map(_is_half, terms)),
@@ -66,17 +69,19 @@ def gated_silu_of(y: fx.Node) -> tuple[fx.Node, dict[str, Any]]:
             round_silu=round_silu or _is_half(silu),
             round_product=round_product or _is_half(product),
         )
-        _check_rounding(y, x, limit)
-        return x, {**{k: v for k, v in options.items() if v != DEFAULTS[k]}, **rounds}
+        return inputs, {**{k: v for k, v in options.items() if v != DEFAULTS[k]}, **rounds}
     raise Declined("no silu(gate) * up before the quantisation")
 
 
-def _check_rounding(y: fx.Node, x: fx.Node, limit: float | None) -> None:
-    """Is all rounding on the way from x to y to x's dtype, and exact where values are clamped?"""
+def _check_inputs(y: fx.Node, inputs: Inputs, limit: float | None) -> None:
+    """Are they alike, and is all rounding on the way to y to their dtype, and exact in clamps?"""
+    x, up = inputs
     dtype = val(x).dtype
+    if up is not None and (val(up).dtype != dtype or not same_shape(up, val(x).shape)):
+        raise Declined("gate and up have other dtypes or shapes")
     if limit is not None and torch.tensor(limit, dtype=dtype).item() != limit:
         raise Declined(f"a bound of {limit}, which {dtype} rounds")
-    seen, todo = {x, y}, [y]
+    seen, todo = {x, y, *([up] if up is not None else [])}, [y]
     while todo:
         node = todo.pop()
         if has_val(node) and val(node).dtype.itemsize < 4 and val(node).dtype != dtype:

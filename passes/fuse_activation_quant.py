@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from moe_compile.ops import moe
-from moe_compile.passes._gated_silu import gated_silu_of
+from moe_compile.passes._gated_silu import Inputs, gated_silu_of
 from moe_compile.passes._graph import args, aten, call, is_call, unpack, val
 from moe_compile.passes._outcome import Declined, Outcome, exactness
 from moe_compile.passes._quant_group import QuantGroup, casts_to_fp8, peel, quant_group_of
@@ -49,12 +49,12 @@ def fuse_activation_quant(graph: fx.Graph) -> Outcome:
         return [reshape, reshape_1]
 
     Known: silu and gate * sigmoid(gate), with alpha, clamps and a shifted up; halves by chunk, split or
-    slices, side by side or interleaved; the largest magnitude by amax, max or a norm; floors on it or on
+    slices, side by side or interleaved, or two tensors; the largest magnitude by amax, max or a norm; floors on it or on
     the scale; division and multiplication by the reciprocal; powers of two; any views between. And
     `quant_fp8` behind any of these, where rows of no expert are skipped if just a GEMM reads them.
     Left alone: groups other than 64 and 128; columns that no group divides; scales rounded to less than
-    float32, of other values, or shifted by an epsilon; activations that anything else reads; gate and up
-    from two tensors; static scales; quantisation without an activation, which Inductor fuses.
+    float32, of other values, or shifted by an epsilon; activations that anything else reads; static
+    scales; quantisation without an activation, which Inductor fuses.
     Numerics: rounds to x's dtype where the model does; exp differs in the last places of float32.
     """  # noqa: E501
     outcome = Outcome()
@@ -72,37 +72,37 @@ def fuse_activation_quant(graph: fx.Graph) -> Outcome:
 
 
 def _fuse(graph: fx.Graph, found: QuantGroup, outcome: Outcome) -> None:
-    x, activation = gated_silu_of(found.y)
+    inputs, activation = gated_silu_of(found.y)
     _is_read_only_there(found.y, found)
     # Where both exist: before the first of them that anything reads.
     first = min(found.q, found.scale)
     options = {**activation, **_unusual(found.options)}
     with graph.inserting_before(first):
-        rows = _rows(graph, x, first)
-        new = call(graph, moe.silu_mul_quant.default, rows, like=found.q, **options)
+        rows = _rows(graph, inputs, first)
+        new = call(graph, moe.silu_mul_quant.default, *rows, like=found.q, **options)
         q, scale = unpack(graph, new, 2)
         for old, made in ((found.q, q), (found.scale, scale)):
             shaped = _shaped(graph, made, old)
             old.replace_all_uses_with(shaped)
-    outcome.rewrote(found.q, _describe(options, val(x).shape[-1] // 2))
+    outcome.rewrote(found.q, _describe(options, val(found.y).shape[-1]))
 
 
 def _fuse_op(graph: fx.Graph, quant: fx.Node, outcome: Outcome) -> None:
     y = peel(args(quant)[0])
     if val(y).dtype != val(args(quant)[0]).dtype:
         raise Declined("what is quantised was widened first")
-    x, activation = gated_silu_of(y)
+    inputs, activation = gated_silu_of(y)
     schema = [a.name for a in moe.quant_fp8.default._schema.arguments]
     given = {**dict(zip(schema[1:], args(quant)[1:], strict=False)), **quant.kwargs}
     if given.get("offsets") is None and (offsets := _offsets_of_reader(quant)) is not None:
         given["offsets"] = offsets
     options = {**activation, **given}
     with graph.inserting_before(quant):
-        rows = _rows(graph, x, quant)
-        new = call(graph, moe.silu_mul_quant.default, rows, like=quant, **options)
+        rows = _rows(graph, inputs, quant)
+        new = call(graph, moe.silu_mul_quant.default, *rows, like=quant, **options)
     quant.replace_all_uses_with(new)
     shown = {k: v for k, v in options.items() if not isinstance(v, fx.Node)}
-    outcome.rewrote(quant, _describe(shown, val(x).shape[-1] // 2))
+    outcome.rewrote(quant, _describe(shown, val(y).shape[-1]))
 
 
 def _unusual(options: dict[str, Any]) -> dict[str, Any]:
@@ -136,11 +136,14 @@ def _offsets_of_reader(quant: fx.Node) -> Any:
     return offsets if inputs and not has_rows and is_before else None
 
 
-def _rows(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
-    """x as [R, 2F]."""
-    if val(x).ndim == 2:
-        return x
-    return call(graph, aten.reshape.default, x, [-1, val(x).shape[-1]], like=like)
+def _rows(graph: fx.Graph, inputs: Inputs, like: fx.Node) -> list[fx.Node]:
+    """x, or gate and up, with all dims but the last as one."""
+    given = [x for x in inputs if x is not None]
+    shapes = [[-1, val(x).shape[-1]] for x in given]
+    return [
+        x if val(x).ndim == 2 else call(graph, aten.reshape.default, x, shape, like=like)
+        for x, shape in zip(given, shapes, strict=True)
+    ]
 
 
 def _shaped(graph: fx.Graph, made: fx.Node, old: fx.Node) -> fx.Node:

@@ -103,11 +103,22 @@ def floor_on_the_scale(x):
     return (y / scale).to(FP8), scale
 
 
+def from_two_tensors(x):
+    return quant(F.silu(x[:, :I].sin()) * x[:, I:].cos())
+
+
+def up_first(x):
+    up, gate = x.chunk(2, -1)
+    return quant(F.silu(gate) * up)
+
+
 SPELLINGS = {
     "chunk": (lambda x: quant(silu_mul(x)), {"round_silu": True, "round_product": True}),
     "sigmoid": (by_sigmoid, {"round_sigmoid": True, "round_silu": True, "round_product": True}),
     "split": (by_split, {"round_silu": True, "round_product": True}),
     "float32": (in_float32, {}),
+    "two tensors": (from_two_tensors, {"round_silu": True, "round_product": True}),
+    "up first": (up_first, {"round_silu": True}),
     "rounded once": (rounded_once, {"round_product": True}),
     "max, reciprocal": (
         by_max_and_reciprocal,
@@ -238,13 +249,8 @@ def over_rows(x):
     return (y / scale).to(FP8), scale
 
 
-def from_two_tensors(x):
-    return quant(F.silu(x[:, :I].sin()) * x[:, I:].cos())
-
-
-def up_first(x):
-    up, gate = x.chunk(2, -1)
-    return quant(F.silu(gate) * up)
+def uneven(x):
+    return quant(F.silu(x[:, :I]) * x[:1, I:])
 
 
 def gelu(x):
@@ -280,8 +286,7 @@ NEAR_MISSES = {
     static_scale: "neither divided by a scale",
     whole_rows: "groups of 256",
     over_rows: "not over the last dim",
-    from_two_tensors: "not the two halves of one tensor",
-    up_first: "not the two halves of one tensor",
+    uneven: "other dtypes or shapes",
     gelu: "no silu(gate) * up",
     rounded_to_float16: "rounded to torch.float16",
     bounds_that_are_rounded: "a bound of 0.3, which torch.bfloat16 rounds",

@@ -36,8 +36,16 @@ GEMM = {
 }
 IN_F32 = {name: kind.replace("bf16", "fp32") for name, kind in GEMM.items()}
 QUANT = {
-    **{"x_ptr": "*bf16", "weights_ptr": "*fp32", "offsets_ptr": "*i32", "q_ptr": "*fp8e4nv"},
-    **{"scale_ptr": "*fp32", "R": "i32", "F": "i32", "E": "i32", "stride_xr": "i32"},
+    **{"x_ptr": "*bf16", "up_ptr": "*bf16", "weights_ptr": "*fp32", "offsets_ptr": "*i32"},
+    **{
+        "q_ptr": "*fp8e4nv",
+        "stride_ur": "i32",
+        "scale_ptr": "*fp32",
+        "R": "i32",
+        "F": "i32",
+        "E": "i32",
+        "stride_xr": "i32",
+    },
     **{"stride_sr": "i32", "stride_sg": "i32", "alpha": "fp32", "limit": "fp32"},
     **{"up_shift": "fp32", "amax_floor": "fp32", "scale_floor": "fp32"},
 }

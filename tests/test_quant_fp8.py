@@ -92,10 +92,26 @@ def test_gated_matches_reference(fn, options, shape, dtype, device):
 @pytest.mark.parametrize("fn", GATED, ids=NAMES)
 def test_weights_come_before_the_quantisation(fn, device):
     x, weights = torch.randn(5, 512, device=device), torch.rand(5, device=device)
-    got = fn(x, weights)
-    assert_quantized(got, silu_mul_quant_reference(x, weights))
+    got = fn(x, None, weights)
+    assert_quantized(got, silu_mul_quant_reference(x, None, weights))
     plain = fn(x)
     torch.testing.assert_close(got[1], plain[1] * weights[:, None])
+
+
+@pytest.mark.parametrize("fn", GATED, ids=NAMES)
+def test_two_tensors_are_as_two_halves(fn, device):
+    x = torch.randn(5, 512, device=device).bfloat16()
+    wide = torch.randn(5, 300, device=device).bfloat16()
+    for gate, up in (x.chunk(2, 1), (x[:, :256].contiguous(), wide[:, 11:267])):
+        got, want = fn(gate, up, limit=0.5), fn(torch.cat([gate, up], 1), limit=0.5)
+        assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
+        assert torch.equal(got[1], want[1])
+    with pytest.raises(ValueError, match=r"silu_mul_quant: expected up \[5, 256\] as x, got"):
+        fn(gate, up[:1])
+    with pytest.raises(ValueError, match=r"silu_mul_quant: expected up in x's torch.bfloat16, got"):
+        fn(gate, up.float())
+    with pytest.raises(ValueError, match="silu_mul_quant: expected no up where gate and up are"):
+        fn(gate, up, interleaved=True)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -187,4 +203,4 @@ def test_refused(args, options, message, device):
 def test_refused_gated(x, weights, message, device):
     weights = None if weights is None else torch.ones(weights, device=device)
     with pytest.raises(ValueError, match=f"silu_mul_quant: {message}"):
-        silu_mul_quant(torch.randn(x, device=device), weights)
+        silu_mul_quant(torch.randn(x, device=device), None, weights)

@@ -45,11 +45,13 @@ def _fake(
     op = "linear_fp8"
     check_dims(op, "w", w_GH, "[G, H]")
     check_dims(op, "w_scale", w_scale_LK, "[L, K]")
+    G, H = w_GH.shape
+    blocks = ((G + 127) // 128, (H + 127) // 128)
+    check(w_scale_LK.shape == blocks, op, f"w_scale {list(blocks)}", w_scale_LK.shape)
     check_fp8(op, x_NH, x_scale_NK, w_GH.t(), w_scale_LK.t(), dtype)
     check_same_device(
         op, x=x_NH, x_scale=x_scale_NK, w=w_GH, w_scale=w_scale_LK, bias=bias_G
     )  # fmt: skip
-    G = w_GH.shape[0]
     if bias_G is not None:
         check(bias_G.shape == (G,), op, f"bias [{G}]", bias_G.shape)
         check(bias_G.dtype == dtype, op, f"bias in {dtype}", bias_G.dtype)

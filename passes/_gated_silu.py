@@ -6,6 +6,14 @@ import torch
 from torch import fx
 
 from moe_compile.ops import moe
+from moe_compile.passes._gates import (
+    alpha_of,
+    halves_of,
+    limit_of,
+    negated_exp_plus_one,
+    shift_of,
+    uncast,
+)
 from moe_compile.passes._graph import (
     CASTS,
     args,
@@ -18,14 +26,6 @@ from moe_compile.passes._graph import (
     val,
 )
 from moe_compile.passes._outcome import Declined
-from moe_compile.passes.find_activation import (
-    _halves,
-    _limited,
-    _negated_exp_plus_one,
-    _shifted,
-    _uncast,
-)
-from moe_compile.passes.find_activation import _times as _alpha_of
 
 DEFAULTS = {"interleaved": False, "alpha": 1.0, "limit": None, "up_shift": 0.0}
 
@@ -51,15 +51,15 @@ def gated_silu_of(y: fx.Node) -> tuple[Inputs, dict[str, Any]]:
         if found is None:
             continue
         gate, alpha, round_sigmoid, scaled = found
-        up, shift = _shifted(right)
+        up, shift = shift_of(right)
         terms = [scaled] * (alpha != 1) + [_widened(right)] * (shift != 0)
         if len({_is_half(term) for term in terms}) > 1:
             raise Declined("of alpha * gate and up + shift one is rounded, one not")
-        clamped = _limited(gate, up)
+        clamped = limit_of(gate, up)
         if clamped is None:
             raise Declined("gate and up are clamped to bounds that the op has not")
         gate, up, limit = clamped
-        halves = _halves(gate, up, ndim=None)
+        halves = halves_of(gate, up, ndim=None)
         inputs, interleaved = ((halves[0], None), halves[1]) if halves else ((gate, up), False)
         _check_inputs(y, inputs, limit)
         options = {"interleaved": interleaved, "alpha": alpha, "limit": limit, "up_shift": shift}
@@ -117,15 +117,15 @@ def _silu(node: Any) -> tuple[Any, float, bool, Any] | None:
     """(gate, alpha, is the sigmoid rounded, alpha * gate) of gate * sigmoid(alpha * gate)."""
     if is_call(node, aten.div.Tensor) and has_val(node):  # g / (1 + exp(-alpha * g))
         gate, below = args(node)
-        scaled = _negated_exp_plus_one(below) if has_val(below) else None
-        found = _alpha_of(scaled, _uncast(gate)) if scaled is not None else None
+        scaled = negated_exp_plus_one(below) if has_val(below) else None
+        found = alpha_of(scaled, uncast(gate)) if scaled is not None else None
         return (*found, False, scaled) if found is not None else None
     if is_call(node, aten.mul.Tensor):
         for gate, sigmoid in operands(node):
             sigmoid, rounded = _unrounded(sigmoid)
             if is_call(sigmoid, aten.sigmoid.default):
-                scaled = _uncast(args(sigmoid)[0])
-                found = _alpha_of(scaled, _uncast(gate))
+                scaled = uncast(args(sigmoid)[0])
+                found = alpha_of(scaled, uncast(gate))
                 if found is not None:
                     return (*found, rounded or _is_half(sigmoid), scaled)
     return None

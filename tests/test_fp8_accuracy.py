@@ -46,7 +46,7 @@ def test_float8_is_within_a_percent(models):
     )
     got = perplexity(fused, windows)
     assert abs(got / exact - 1) < 0.01
-    assert abs(got / eager - 1) < 0.001
+    assert abs(got / eager - 1) < 0.003
 
 
 def test_fused_errs_as_the_unfused_does(models):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_quant_fp8 import number
+from float8 import number
 
 from moe_compile.ops import moe
 from moe_compile.passes.fuse_activation_quant import fuse_activation_quant

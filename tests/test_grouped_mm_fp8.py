@@ -1,8 +1,6 @@
-"""`grouped_mm_fp8` and `linear_fp8`, which share a kernel."""
-
 import pytest
 import torch
-from test_grouped_mm import CASES
+from float8 import GEMM_CASES, assert_close_fp8, gemm_inputs
 from torch.library import opcheck
 
 from moe_compile.ops._grouped_mm_kernel import Blocks
@@ -11,57 +9,19 @@ from moe_compile.ops.grouped_mm_fp8 import (
     grouped_mm_fp8_reference,
     grouped_mm_fp8_triton,
 )
-from moe_compile.ops.linear_fp8 import linear_fp8, linear_fp8_reference, linear_fp8_triton
-from moe_compile.ops.quant_fp8 import quant_fp8
 from moe_compile.ops.sort_tokens import sort_tokens_reference
 from moe_compile.testing import capture, render
 
-GROUPED = [grouped_mm_fp8, grouped_mm_fp8_triton]
-DENSE = [linear_fp8, linear_fp8_triton]
+FUNCTIONS = [grouped_mm_fp8, grouped_mm_fp8_triton]
 NAMES = ["op", "triton"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-WIDE = {**CASES, "several blocks": ([3, 0, 2], 1, 320, 272)}  # of 128, the last short
-
-
-def scales(device, *shape):
-    """Far apart, so that a scale applied at the wrong place is seen."""
-    return torch.exp(2 * torch.randn(*shape, device=device))
-
-
-def inputs(sizes, num_unowned, H, G, device, group=128):
-    E, N = len(sizes), sum(sizes) + num_unowned
-    x = (torch.randn(N, H, device=device) * 4).to(torch.float8_e4m3fn)
-    w = (torch.randn(E, G, H, device=device) * 4).to(torch.float8_e4m3fn).transpose(1, 2)
-    x_scale = scales(device, N, (H + group - 1) // group)
-    w_scale = scales(device, E, (G + 127) // 128, (H + 127) // 128).transpose(1, 2)
-    return x, x_scale, w, w_scale, torch.tensor(sizes, device=device).cumsum(0).int()
-
-
-def assert_close_fp8(got, reference, *args, **kwargs):
-    """As helpers.assert_close: at most twice the error of the reference in the same dtype.
-
-    In float32 that would ask for more than tensor cores keep of a sum of float8: 2 ** -11 there.
-    """
-    exact = reference(*args, **{**kwargs, "dtype": torch.float64})
-    eager = reference(*args, **{**kwargs, "dtype": got.dtype})
-    assert got.shape == eager.shape
-    if got.numel() == 0:
-        return
-    eps = torch.finfo(got.dtype).eps if got.dtype != torch.float32 else 2**-11
-    err, allowed = (got.double() - exact).abs(), (eager.double() - exact).abs()
-    assert err.max() <= 2 * allowed.max() + eps * exact.abs().max()
-    assert err.pow(2).mean() <= (2 * allowed.pow(2).mean().sqrt() + eps * rms(exact)) ** 2
-
-
-def rms(x):
-    return x.pow(2).mean().sqrt()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", WIDE)
-@pytest.mark.parametrize("fn", GROUPED, ids=NAMES)
+@pytest.mark.parametrize("case", GEMM_CASES)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=NAMES)
 def test_matches_reference(fn, case, dtype, device):
-    given = inputs(*WIDE[case], device)
+    given = gemm_inputs(*GEMM_CASES[case], device)
     assert_close_fp8(fn(*given, dtype=dtype), grouped_mm_fp8_reference, *given)
 
 
@@ -72,7 +32,7 @@ BLOCKS = [Blocks(1, 16, 0, 1, 2, 3), Blocks(16, 32, 0, 1, 2, 2), Blocks(32, 64, 
 @pytest.mark.parametrize("blocks", BLOCKS, ids=lambda blocks: "x".join(map(str, blocks)))
 @pytest.mark.parametrize("case", ["some", "several blocks", "rows of none", "one column"])
 def test_any_blocks_give_the_same(case, blocks, group, device):
-    given = inputs(*WIDE[case], device, group)
+    given = gemm_inputs(*GEMM_CASES[case], device, group)
     x_scale, offsets = given[1], given[4]
     rows = torch.randperm(x_scale.shape[0], device=device).int()
     bias = torch.randn(len(offsets), given[2].shape[2], device=device).bfloat16()
@@ -81,20 +41,20 @@ def test_any_blocks_give_the_same(case, blocks, group, device):
     assert_close_fp8(y, grouped_mm_fp8_reference, *given, rows, 1, bias)
 
 
-@pytest.mark.parametrize("fn", GROUPED, ids=NAMES)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=NAMES)
 def test_rows_of_tokens(fn, device):
     T, K, E, H, G = 11, 3, 5, 192, 136
     rows, offsets, _ = sort_tokens_reference(torch.randint(-1, E + 1, (T, K), device=device), E)
-    x, x_scale, w, w_scale, _ = inputs([0] * E, T, H, G, device)
+    x, x_scale, w, w_scale, _ = gemm_inputs([0] * E, T, H, G, device)
     given = x, x_scale, w, w_scale, offsets, rows, K
     y = fn(*given)
     assert_close_fp8(y, grouped_mm_fp8_reference, *given)
     assert not y[offsets[-1] :].any()
 
 
-@pytest.mark.parametrize("fn", GROUPED, ids=NAMES)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=NAMES)
 def test_nan_of_no_expert_reaches_nothing(fn, device):
-    x, x_scale, w, w_scale, offsets = inputs([2, 3], 4, 128, 64, device)
+    x, x_scale, w, w_scale, offsets = gemm_inputs([2, 3], 4, 128, 64, device)
     x[5:] = torch.full((4, 128), float("nan"), device=device).to(x.dtype)
     x_scale[5:] = float("nan")
     y = fn(x, x_scale, w, w_scale, offsets)
@@ -102,36 +62,10 @@ def test_nan_of_no_expert_reaches_nothing(fn, device):
     assert not y[5:].any()
 
 
-@pytest.mark.parametrize("shape", [(1, 128, 64), (5, 320, 272), (40, 200, 130), (0, 64, 64)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fn", DENSE, ids=NAMES)
-def test_dense_matches_reference(fn, dtype, shape, device):
-    N, H, G = shape
-    x, x_scale, w, w_scale, _ = inputs([N], 0, H, G, device)
-    w, w_scale = w[0].t(), w_scale[0].t()
-    for bias in None, torch.randn(G, device=device).to(dtype):
-        given = x, x_scale, w, w_scale, bias
-        assert_close_fp8(fn(*given, dtype=dtype), linear_fp8_reference, *given)
-
-
-@pytest.mark.parametrize("fn", DENSE, ids=NAMES)
-def test_what_quant_fp8_gives_is_multiplied_right(fn, device):
-    """Against the product before quantisation: 1 in 16 of each factor, by the square root of H."""
-    x, w = torch.randn(9, 512, device=device), torch.randn(256, 512, device=device)
-    q, scale = quant_fp8(x, column_major=True)
-    blocks = w.view(2, 128, 4, 128)
-    w_scale = blocks.abs().amax((1, 3)) / 448
-    w_q = (blocks / w_scale[:, None, :, None]).view(256, 512).to(torch.float8_e4m3fn)
-    y, want = fn(q, scale, w_q, w_scale, dtype=torch.float32), x @ w.t()
-    assert rms(y - want) < 0.05 * rms(want)
-
-
 def test_opcheck(device):
-    x, x_scale, w, w_scale, offsets = inputs([3, 2], 1, 256, 160, device)
-    checks = ("test_faketensor",)  # the schema's check multiplies float8, which torch does not
-    opcheck(grouped_mm_fp8, (x, x_scale, w, w_scale, offsets), test_utils=checks)
-    dense = x, x_scale, w[0].t(), w_scale[0].t()
-    opcheck(linear_fp8, dense, {"dtype": torch.float16}, test_utils=checks)
+    given = gemm_inputs([3, 2], 1, 256, 160, device)
+    # The schema's check multiplies float8, which torch does not.
+    opcheck(grouped_mm_fp8, given, test_utils=("test_faketensor",))
 
 
 REFUSED = [
@@ -149,7 +83,7 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_refused(change, message, device):
     names = ("x", "x_scale", "w", "w_scale", "offsets")
-    given = dict(zip(names, inputs([3, 2], 1, 256, 160, device), strict=True))
+    given = dict(zip(names, gemm_inputs([3, 2], 1, 256, 160, device), strict=True))
     for name, to in change.items():
         is_dtype = isinstance(to, torch.dtype)
         given[name] = given[name].to(to) if is_dtype else torch.ones(to, device=device)
@@ -158,14 +92,14 @@ def test_refused(change, message, device):
 
 
 def test_weights_stored_along_the_wrong_dim(device):
-    x, x_scale, w, w_scale, offsets = inputs([3, 2], 1, 256, 160, device)
+    x, x_scale, w, w_scale, offsets = gemm_inputs([3, 2], 1, 256, 160, device)
     with pytest.raises(ValueError, match="grouped_mm_fp8: expected w stored along H, got"):
         grouped_mm_fp8(x, x_scale, w.contiguous(), w_scale, offsets)
 
 
 def test_bfloat16_weights_never_meet_float8_activations(device):
     """The published runner quantised activations whatever the weights were; captured, too late."""
-    x, x_scale, w, w_scale, offsets = inputs([3, 2], 0, 128, 64, device)
+    x, x_scale, w, w_scale, offsets = gemm_inputs([3, 2], 0, 128, 64, device)
 
     def layer(w):
         return grouped_mm_fp8(x, x_scale, w, w_scale, offsets)

@@ -15,10 +15,10 @@ import torch
 from _results import FOLDER, write
 from torch import Tensor
 
-from moe_compile.fp8 import quantize_weight
 from moe_compile.ops import moe
 from moe_compile.ops._grouped_mm_fp8_kernel import dequantize
 from moe_compile.ops.grouped_mm_fp8 import grouped_mm_fp8_reference
+from moe_compile.quantization import quantize_weight
 
 T, E, K = 24, 8, 2
 SHAPES = {"Qwen3-30B-A3B": (2048, 768), "DeepSeek-V3, a quarter": (1792, 512), "odd": (328, 200)}

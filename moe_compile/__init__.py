@@ -10,9 +10,9 @@ require_torch()
 from moe_compile import parallel  # noqa: E402
 from moe_compile.backend import moe_compile as backend  # noqa: E402
 from moe_compile.constants import refresh  # noqa: E402
-from moe_compile.fp8 import quantize  # noqa: E402
 from moe_compile.huggingface import prepare, register_experts  # noqa: E402
 from moe_compile.options import Options  # noqa: E402
+from moe_compile.quantization import quantize  # noqa: E402
 from moe_compile.report import Report, explain  # noqa: E402
 
 __all__ = [

@@ -18,6 +18,7 @@ Source: groups of 128 as DeepSeek-V3, DeepSeek-AI 2024, arXiv:2412.19437, sectio
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_compile.ops._check import (
@@ -28,7 +29,7 @@ from moe_compile.ops._check import (
     check_same_device,
 )
 from moe_compile.ops._library import define
-from moe_compile.ops._quant_kernel import launch, new_outputs, quantize_reference
+from moe_compile.ops._quant_kernel import FP8, LARGEST, launch
 
 AMAX_FLOOR = 1e-10
 
@@ -48,6 +49,41 @@ def quant_fp8_reference(
     how = (power_of_two, amax_floor, scale_floor, (scale_by_reciprocal, quant_by_reciprocal))
     q_RF, scale_RG = quantize_reference(x_RF.float(), group, *how)
     return q_RF, scale_RG.t().contiguous().t() if column_major else scale_RG
+
+
+def new_outputs(x: Tensor, R: Any, F: Any, group: int, column_major: bool) -> tuple[Tensor, Tensor]:
+    """q [R, F], and scales [R, G] whose rows or columns lie together."""
+    G = (F + group - 1) // group
+    scale = x.new_empty(G, R, dtype=torch.float32).t() if column_major else None
+    if scale is None:
+        scale = x.new_empty(R, G, dtype=torch.float32)
+    return x.new_empty(R, F, dtype=FP8), scale
+
+
+def quantize_reference(
+    y_RF: Tensor,
+    group: int,
+    power_of_two: bool,
+    amax_floor: float,
+    scale_floor: float,
+    reciprocals: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Quantise float32 rows, in plain PyTorch; the last group may be short."""
+    R, F = y_RF.shape
+    G = (F + group - 1) // group
+    y_RGg = torch.nn.functional.pad(y_RF, (0, G * group - F)).view(R, G, group)
+    amax_RG = y_RGg.abs().amax(-1).clamp_min(amax_floor)
+    scale_RG = amax_RG * (1 / LARGEST) if reciprocals[0] else amax_RG / LARGEST
+    scale_RG = scale_RG.clamp_min(scale_floor)
+    if power_of_two:
+        mantissa, exponent = torch.frexp(scale_RG)  # in [0.5, 1): a power of two is 0.5
+        rounded = torch.ldexp(torch.ones_like(scale_RG), exponent - (mantissa == 0.5).int())
+        rounded = torch.where(scale_RG == 0, 0.0, rounded).clamp_min(2.0**-126)
+        scale_RG = torch.where(scale_RG.isfinite(), rounded, scale_RG)
+    each = scale_RG[..., None]
+    z_RGg = y_RGg * each.reciprocal() if reciprocals[1] else y_RGg / each
+    q_RGg = z_RGg.clamp(-LARGEST, LARGEST).to(FP8)
+    return q_RGg.view(R, G * group)[:, :F].contiguous(), scale_RG
 
 
 def check_quant(op: str, x: Tensor, group: int, floors: tuple[float, float], **rest: Any) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from moe_compile.ops._check import check, check_dims
 from moe_compile.ops._library import define
-from moe_compile.ops._quant_kernel import launch, new_outputs, quantize_reference
-from moe_compile.ops.quant_fp8 import AMAX_FLOOR, check_quant
+from moe_compile.ops._quant_kernel import launch
+from moe_compile.ops.quant_fp8 import AMAX_FLOOR, check_quant, new_outputs, quantize_reference
 
 
 def silu_mul_quant_reference(

@@ -8,7 +8,7 @@ from moe_compile.ops import moe
 from moe_compile.passes._gated_silu import Inputs, gated_silu_of
 from moe_compile.passes._graph import args, aten, call, is_call, unpack, val
 from moe_compile.passes._outcome import Declined, Outcome, exactness
-from moe_compile.passes._quant_group import QuantGroup, casts_to_fp8, peel, quant_group_of
+from moe_compile.passes._quant_group import VIEWS, QuantGroup, casts_to_fp8, peel, quant_group_of
 
 _GEMMS = (moe.grouped_mm_fp8.default, moe.linear_fp8.default)
 
@@ -50,7 +50,8 @@ def fuse_activation_quant(graph: fx.Graph) -> Outcome:
 
     Known: silu and gate * sigmoid(gate), with alpha, clamps and a shifted up; halves by chunk, split or
     slices, side by side or interleaved, or two tensors; the largest magnitude by amax, max or a norm; floors on it or on
-    the scale; division and multiplication by the reciprocal; powers of two; any views between. And
+    the scale; division and multiplication by the reciprocal; powers of two; any views between; scales
+    copied to be stored by columns. And
     `quant_fp8` behind any of these, where rows of no expert are skipped if just a GEMM reads them.
     Left alone: groups other than 64 and 128; columns that no group divides; scales rounded to less than
     float32, of other values, or shifted by an epsilon; activations that anything else reads; static
@@ -77,6 +78,9 @@ def _fuse(graph: fx.Graph, found: QuantGroup, outcome: Outcome) -> None:
     # Where both exist: before the first of them that anything reads.
     first = min(found.q, found.scale)
     options = {**activation, **_unusual(found.options)}
+    by_columns = _copies_by_columns(found.scale)
+    if by_columns:
+        options["column_major"] = True
     with graph.inserting_before(first):
         rows = _rows(graph, inputs, first)
         new = call(graph, moe.silu_mul_quant.default, *rows, like=found.q, **options)
@@ -84,6 +88,8 @@ def _fuse(graph: fx.Graph, found: QuantGroup, outcome: Outcome) -> None:
         for old, made in ((found.q, q), (found.scale, scale)):
             shaped = _shaped(graph, made, old)
             old.replace_all_uses_with(shaped)
+        for copy in by_columns:
+            copy.replace_all_uses_with(call(graph, aten.permute.default, scale, [1, 0], like=copy))
     outcome.rewrote(found.q, _describe(options, val(found.y).shape[-1]))
 
 
@@ -122,6 +128,19 @@ def _is_read_only_there(y: fx.Node, found: QuantGroup) -> None:
             raise Declined("the activation itself is returned, too")
         seen.add(node)
         todo += node.users
+
+
+def _copies_by_columns(scale: fx.Node) -> list[fx.Node]:
+    """Copies of the scales [R, G] as [G, R], which the op can write itself."""
+    found, todo = [], [scale]
+    while todo:
+        for user in todo.pop().users:
+            if is_call(user, *VIEWS):
+                todo.append(user)
+            elif is_call(user, aten.permute.default) and list(args(user)[1]) == [1, 0]:
+                copies = [c for c in user.users if is_call(c, aten.clone.default)]
+                found += [c for c in copies if val(c).is_contiguous()]
+    return found
 
 
 def _offsets_of_reader(quant: fx.Node) -> Any:

@@ -8,8 +8,9 @@ import transformers
 from transformers import StaticCache
 
 import moe_compile
-from moe_compile.fp8 import batched_matmul, grouped_matmul, matmul, quantize_weight
+from moe_compile.fp8 import batched_matmul, grouped_matmul, matmul
 from moe_compile.ops._grouped_mm_fp8_kernel import dequantize
+from moe_compile.quantization import quantize_weight
 from moe_compile.testing import capture, run_passes
 
 FP8 = torch.float8_e4m3fn
@@ -75,6 +76,20 @@ def test_what_is_quantised(name):
         assert parameters[f"{n}_scale_inv"].dtype == torch.float32
     weights = sum(p.nbytes for n, p in parameters.items() if n in quantised)
     assert sum(p.nbytes for p in parameters.values()) < before - 0.9 * weights
+
+
+def test_a_router_that_is_a_linear_layer_stays_alone():
+    """Its name begins that of the shared expert's projections, and of no other layer's."""
+    config = transformers.Qwen2MoeConfig(
+        num_hidden_layers=11, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=128,
+        shared_expert_intermediate_size=128, num_attention_heads=2, num_key_value_heads=2,
+        mlp_only_layers=[10], intermediate_size=128, **SHARED,
+    )  # fmt: skip
+    model = moe_compile.quantize(transformers.AutoModelForCausalLM.from_config(config))
+    parameters = dict(model.named_parameters())
+    for n, parameter in parameters.items():
+        is_projection = n.endswith("_proj.weight") or n.endswith("_proj")
+        assert (parameter.dtype == FP8) == is_projection, n
 
 
 def test_keep(name):

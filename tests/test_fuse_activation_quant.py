@@ -97,6 +97,11 @@ def casts_elsewhere(x):
     return q.clamp(-448.0, 448.0).to(FP8).view(y.shape), scale
 
 
+def scales_by_columns(x):
+    q, scale = quant(silu_mul(x))
+    return q, scale.t().contiguous().t()
+
+
 def floor_on_the_scale(x):
     y = silu_mul(x).view(x.shape[0], -1, 128).float()
     scale = torch.clamp(y.abs().amax(-1, keepdim=True) / 448, min=1e-8)
@@ -131,6 +136,7 @@ SPELLINGS = {
     "groups of 64": (in_groups_of_64, {"group": 64}),
     "three dims": (of_three_dims, {"round_silu": True}),
     "casts elsewhere": (casts_elsewhere, {"round_silu": True, "round_product": True}),
+    "scales by columns": (scales_by_columns, {"column_major": True}),
     "floor on the scale": (floor_on_the_scale, {"amax_floor": 0.0}),
 }
 
@@ -303,6 +309,12 @@ def test_near_misses(fn):
     assert "silu_mul_quant" not in render(gm.graph)
     (event,) = outcome.declined
     assert NEAR_MISSES[fn] in event.detail
+
+
+def test_scales_by_columns_are_not_copied():
+    gm, _ = fused(scales_by_columns, x_of())
+    assert "clone" not in render(gm.graph)
+    assert gm(x_of())[1].stride() == (1, 6)
 
 
 # Between our own ops

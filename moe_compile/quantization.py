@@ -1,0 +1,103 @@
+"""Quantise the weights of a model to float8, in blocks of 128 x 128."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_compile.fp8 import BLOCK, FP8, refuse, use_fp8_kernels
+from moe_compile.huggingface import register_experts
+
+
+def quantize(model: Any, kind: str = "fp8", *, keep: Iterable[str] = ()) -> Any:
+    """Quantise a transformers model's weights in place, and return it.
+
+    Linear layers and experts become transformers' `FP8Linear` and `FP8Experts`: e4m3, a scale for
+    each 128 x 128. Kept as they are: routers, norms, embeddings, the head, layers with fewer than
+    128 features in or out, and modules whose path ends with a name in `keep`. State dicts and
+    checkpoints are those of transformers' FineGrainedFP8; on a CPU, where transformers would
+    dequantise a checkpoint, build the model, quantise it, and load the state dict.
+    Errors: ValueError for another kind, another model, or experts that have biases.
+    """
+    if kind != "fp8":
+        refuse("quantize's kind 'fp8'", repr(kind))
+    if not hasattr(model, "set_experts_implementation"):
+        refuse("a transformers model to quantise", type(model).__name__)
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    register_experts()
+    use_fp8_kernels()
+    old = dict(model.named_modules())
+    kept = [name for name, module in old.items() if _is_kept(name, module, model, tuple(keep))]
+    config = FineGrainedFP8Config(modules_to_not_convert=kept, weight_block_size=(BLOCK, BLOCK))
+    for name, module in old.items():
+        if name.endswith(".experts") and getattr(module, "has_bias", False):
+            refuse("experts without biases", name)
+    # Whole names: transformers 5.17 takes "mlp.gate" for "mlp.gate_proj", too.
+    replace_with_fp8_linear(model, [f"{re.escape(name)}$" for name in kept], config)
+    for name, module in list(model.named_modules()):
+        if module is not old.get(name) and _is_fp8(module):
+            _fill(module, old[name])
+            old.pop(name)
+    model.config.quantization_config = config
+    return model
+
+
+def _is_fp8(module: nn.Module) -> bool:
+    from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
+
+    return isinstance(module, (FP8Experts, FP8Linear))
+
+
+def _is_kept(name: str, module: nn.Module, model: Any, keep: tuple[str, ...]) -> bool:
+    """Does this layer stay in its own dtype?"""
+    if not isinstance(module, nn.Linear):
+        return False
+    last = name.rpartition(".")[2]
+    is_router = last in ("gate", "router", "shared_expert_gate")
+    is_small = min(module.in_features, module.out_features) < BLOCK
+    is_named = any(name == k or name.endswith(f".{k}") for k in keep)
+    return is_router or is_small or is_named or module is model.get_output_embeddings()
+
+
+@torch.no_grad()
+def _fill(new: Any, old: Any) -> None:
+    """Give a new module, made without memory, the old one's weights in float8."""
+    new.train(old.training)
+    for name, parameter in _weights(old):
+        q, scale = quantize_weight(parameter)
+        setattr(new, name, nn.Parameter(q, requires_grad=False))
+        setattr(new, f"{name}_scale_inv", nn.Parameter(scale, requires_grad=False))
+    bias = getattr(old, "bias", None)
+    if bias is not None:
+        new.bias = bias
+
+
+def _weights(old: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each weight [.., G, H] by the name that transformers has for it."""
+    if isinstance(old, nn.Linear):
+        yield "weight", old.weight
+        return
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        if isinstance(weight := getattr(old, name, None), Tensor):
+            yield name, weight.transpose(1, 2) if getattr(old, "is_transposed", False) else weight
+
+
+def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [.., G, H] in e4m3, and the scale of each 128 x 128: its largest magnitude / 448.
+
+    One matrix at a time, so that a layer of experts needs no float32 copy of itself.
+    """
+    if w.ndim > 2:
+        parts = [quantize_weight(one) for one in w]
+        return torch.stack([q for q, _ in parts]), torch.stack([s for _, s in parts])
+    G, H = w.shape
+    rows, cols = -(-G // BLOCK), -(-H // BLOCK)
+    padded = nn.functional.pad(w.float(), (0, cols * BLOCK - H, 0, rows * BLOCK - G))
+    blocks = padded.view(rows, BLOCK, cols, BLOCK)
+    scale = blocks.abs().amax((1, 3)).clamp_min(1e-10) / 448
+    q = (blocks / scale[:, None, :, None]).clamp(-448, 448).to(FP8)
+    return q.view(rows * BLOCK, cols * BLOCK)[:G, :H].contiguous(), scale

@@ -96,6 +96,8 @@ class Report:
 
 # These leave most of what they look at, and rightly so.
 _PICKY = (
+    "fuse_activation_quant",
+    "fuse_all_reduce",
     "lint_collectives",
     "elide_all_reduces",
     "hoist_constants",

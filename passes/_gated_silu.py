@@ -30,6 +30,10 @@ from moe_compile.passes._outcome import Declined
 DEFAULTS = {"interleaved": False, "alpha": 1.0, "limit": None, "up_shift": 0.0}
 
 
+class NoGatedSilu(Declined):
+    """There is nothing that looks like silu(gate) * up."""
+
+
 Inputs = tuple[fx.Node, fx.Node | None]
 
 
@@ -44,7 +48,7 @@ def gated_silu_of(y: fx.Node) -> tuple[Inputs, dict[str, Any]]:
         return (x, None), {**options, **y.kwargs, **_only_true(round_product=_is_half(y))}
     product, round_product = _unrounded(y)
     if not is_call(product, aten.mul.Tensor):
-        raise Declined("no silu(gate) * up before the quantisation")
+        raise NoGatedSilu("no silu(gate) * up before the quantisation")
     for left, right in operands(product):
         silu, round_silu = _unrounded(_widened(left))
         found = _silu(silu)
@@ -70,7 +74,7 @@ def gated_silu_of(y: fx.Node) -> tuple[Inputs, dict[str, Any]]:
             round_product=round_product or _is_half(product),
         )
         return inputs, {**{k: v for k, v in options.items() if v != DEFAULTS[k]}, **rounds}
-    raise Declined("no silu(gate) * up before the quantisation")
+    raise NoGatedSilu("no silu(gate) * up before the quantisation")
 
 
 def _check_inputs(y: fx.Node, inputs: Inputs, limit: float | None) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from moe_compile.ops import moe
-from moe_compile.passes._gated_silu import Inputs, gated_silu_of
+from moe_compile.passes._gated_silu import Inputs, NoGatedSilu, gated_silu_of
 from moe_compile.passes._graph import args, aten, call, is_call, unpack, val
 from moe_compile.passes._outcome import Declined, Outcome, exactness
 from moe_compile.passes._quant_group import VIEWS, QuantGroup, casts_to_fp8, peel, quant_group_of
@@ -67,6 +67,8 @@ def fuse_activation_quant(graph: fx.Graph) -> Outcome:
     for quant in graph.find_nodes(op="call_function", target=moe.quant_fp8.default):
         try:
             _fuse_op(graph, quant, outcome)
+        except NoGatedSilu:
+            continue  # the rows that enter a layer
         except Declined as reason:
             outcome.decline(quant, str(reason))
     return outcome

@@ -346,7 +346,7 @@ def test_between_grouped_gemms():
     (got,) = gm(*given)
     torch.testing.assert_close(got, experts(*given), rtol=2e-2, atol=2.0)
     assert not got[6:].any()
-    assert [e.detail for e in outcome.declined] == ["no silu(gate) * up before the quantisation"]
+    assert not outcome.declined  # nobody is told of the quantisation that enters the layer
 
 
 def test_rows_that_others_read_are_all_written():

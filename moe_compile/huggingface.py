@@ -91,7 +91,8 @@ def prepare(
     mode = None if on_cpu or mode == "default" else mode
     parse_options(mode, options)  # a wrong key fails here, not in the first decode step
     register_experts()
-    use_fp8_kernels()
+    if any(p.dtype == FP8 for p in model.parameters()):
+        use_fp8_kernels()
     if model._can_set_experts_implementation():
         model.set_experts_implementation(NAME)
     # torch.compile takes mode or options, not both: with options, the mode travels among them.

@@ -1,5 +1,6 @@
 """Quantise the weights of a model to float8, in blocks of 128 x 128."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from moe_compile.fp8 import BLOCK, FP8, refuse, use_fp8_kernels
 from moe_compile.huggingface import register_experts
 
+log = logging.getLogger("moe_compile")
+
 
 def quantize(model: Any, kind: str = "fp8", *, keep: Iterable[str] = ()) -> Any:
     """Quantise a transformers model's weights in place, and return it.
@@ -18,7 +21,8 @@ def quantize(model: Any, kind: str = "fp8", *, keep: Iterable[str] = ()) -> Any:
     each 128 x 128. Kept as they are: routers, norms, embeddings, the head, layers with fewer than
     128 features in or out, and modules whose path ends with a name in `keep`. State dicts and
     checkpoints are those of transformers' FineGrainedFP8; on a CPU, where transformers would
-    dequantise a checkpoint, build the model, quantise it, and load the state dict.
+    dequantise a checkpoint, build the model, quantise it, and load the state dict. Says how many
+    layers and bytes it was in the log (`TORCH_LOGS=moe_compile`).
     Errors: ValueError for another kind, another model, or experts that have biases.
     """
     if kind != "fp8":
@@ -38,12 +42,21 @@ def quantize(model: Any, kind: str = "fp8", *, keep: Iterable[str] = ()) -> Any:
             refuse("experts without biases", name)
     # Whole names: transformers 5.17 takes "mlp.gate" for "mlp.gate_proj", too.
     replace_with_fp8_linear(model, [f"{re.escape(name)}$" for name in kept], config)
+    before, layers = 0, 0
     for name, module in list(model.named_modules()):
         if module is not old.get(name) and _is_fp8(module):
-            _fill(module, old[name])
-            old.pop(name)
+            replaced = old.pop(name)
+            before += _bytes(replaced)
+            layers += 1
+            _fill(module, replaced)
+    after = sum(_bytes(m) for m in model.modules() if _is_fp8(m))
+    log.info("quantize: %d layers, %.1f -> %.1f MiB", layers, before / 2**20, after / 2**20)
     model.config.quantization_config = config
     return model
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
 
 
 def _is_fp8(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Float8 models of transformers on our ops: quantised here, fused, generated, saved and loaded."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def relative(got, want):
     return ((got.float() - want.float()).pow(2).mean() / want.float().pow(2).mean()).sqrt().item()
 
 
-def test_what_is_quantised(name):
+def test_what_is_quantised(name, caplog):
+    caplog.set_level("INFO", logger="moe_compile")
     model = build(name)
     before = sum(p.nbytes for p in model.parameters())
     wanted = {n for n, p in model.named_parameters() if p.ndim == 3}
@@ -75,7 +77,13 @@ def test_what_is_quantised(name):
     for n in quantised:
         assert parameters[f"{n}_scale_inv"].dtype == torch.float32
     weights = sum(p.nbytes for n, p in parameters.items() if n in quantised)
-    assert sum(p.nbytes for p in parameters.values()) < before - 0.9 * weights
+    saved = before - sum(p.nbytes for p in parameters.values())
+    assert 0.99 * weights < saved < weights  # half of bfloat16, less the scales
+    layers, was, now = re.match(
+        r"quantize: (\d+) layers, (.+) -> (.+) MiB", caplog.messages[0]
+    ).groups()
+    assert int(layers) == len({n.rpartition(".")[0] for n in quantised})
+    assert float(was) - float(now) == pytest.approx(saved / 2**20, abs=0.1)
 
 
 def test_a_router_that_is_a_linear_layer_stays_alone():

@@ -124,6 +124,12 @@ def grouped_targets() -> tuple[Any, ...]:
     return (aten._grouped_mm.default, *([fallback.default] if fallback else []))
 
 
+def scaled_targets() -> tuple[Any, ...]:
+    """Grouped GEMMs of float8 rows with a scale each, which torchao's tensors call on a GPU."""
+    names = ("_scaled_grouped_mm", "_scaled_grouped_mm_v2")
+    return tuple(getattr(aten, name).default for name in names if hasattr(aten, name))
+
+
 def find_gemms(graph: fx.Graph) -> dict[fx.Node, Gemm]:
     """All expert GEMMs of a graph, by node."""
     targets = grouped_targets()

@@ -16,7 +16,7 @@ from moe_compile.passes._dispatch import (
     reads_tokens,
     simplest_ids,
 )
-from moe_compile.passes._gemm import Gemm, Placed, find_gemms, gemms_above, place
+from moe_compile.passes._gemm import Gemm, Placed, find_gemms, gemms_above, place, scaled_targets
 from moe_compile.passes._graph import (
     RESHAPES,
     args,
@@ -146,6 +146,11 @@ def find_experts(graph: fx.Graph) -> Outcome:
         if gemms[node].grouped and _rewrite_alone(graph, gemms[node]):
             reason += "; the GEMM alone became grouped_mm"
         outcome.decline(node, reason)
+    for node in graph.nodes:
+        if is_call(node, *scaled_targets()):
+            outcome.decline(
+                node, "float8 rows with a scale each, not in groups: moe_compile.quantize"
+            )
     graph.eliminate_dead_code()
     return outcome
 

@@ -19,10 +19,9 @@ def quantize(model: Any, kind: str = "fp8", *, keep: Iterable[str] = ()) -> Any:
 
     Linear layers and experts become transformers' `FP8Linear` and `FP8Experts`: e4m3, a scale for
     each 128 x 128. Kept as they are: routers, norms, embeddings, the head, layers with fewer than
-    128 features in or out, and modules whose path ends with a name in `keep`. State dicts and
-    checkpoints are those of transformers' FineGrainedFP8; on a CPU, where transformers would
-    dequantise a checkpoint, build the model, quantise it, and load the state dict. Says how many
-    layers and bytes it was in the log (`TORCH_LOGS=moe_compile`).
+    128 features in or out, and modules whose path ends with a name in `keep`. To load what
+    `save_pretrained` wrote, build the model, quantise it, and load the state dict (docs/fp8.md).
+    Says how many layers and bytes it was in the log (`TORCH_LOGS=moe_compile`).
     Errors: ValueError for another kind, another model, or experts that have biases.
     """
     if kind != "fp8":

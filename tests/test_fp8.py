@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import StaticCache
 
 import moe_compile
@@ -157,11 +158,15 @@ def test_generates_as_unfused(name, device):
     assert generate(model, device) == eager
 
 
-def test_state_dicts_travel(name, device):
+def test_saved_and_loaded(name, tmp_path, device):
+    """As docs/fp8.md says: into a model that is built and quantised."""
     model = moe_compile.quantize(build(name))
+    model.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.quantization_config["quant_method"] == "fp8"
     other = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.bfloat16)
     other = moe_compile.quantize(other.eval().requires_grad_(False))
-    other.load_state_dict(model.state_dict())
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
     for m in (model, other):
         m.set_experts_implementation("moe_compile")
     assert torch.equal(logits(model.to(device), device), logits(other.to(device), device))

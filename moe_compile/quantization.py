@@ -51,6 +51,8 @@ def quantize(model: Any, kind: str = "fp8", *, keep: Iterable[str] = ()) -> Any:
     after = sum(_bytes(m) for m in model.modules() if _is_fp8(m))
     log.info("quantize: %d layers, %.1f -> %.1f MiB", layers, before / 2**20, after / 2**20)
     model.config.quantization_config = config
+    # Else save_pretrained parts the weights of experts as checkpoints do, but not their scales.
+    model._weight_conversions = []
     return model
 
 

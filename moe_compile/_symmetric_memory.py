@@ -49,16 +49,17 @@ def measure(hidden_size: int, dtype: torch.dtype, group_name: str, most_rows: in
 def _check(hidden_size: int, dtype: torch.dtype, group: Any, most_rows: int) -> None:
     if not torch.cuda.is_available() or "nccl" not in dist.get_backend(group):
         _refuse("a group of GPUs, with the NCCL backend", dist.get_backend(group))
+    # Before all that may differ between ranks: one that raised alone would leave the others waiting.
+    hosts: list[Any] = [None] * group.size()
+    dist.all_gather_object(hosts, (platform.node(), hidden_size, str(dtype), most_rows), group)
+    if len(set(hosts)) > 1:
+        _refuse("one host, and the same arguments on all ranks", hosts)
     if dtype not in (torch.bfloat16, torch.float16):
         _refuse("bfloat16 or float16", dtype)
     if hidden_size < 2 or hidden_size % 2:
         _refuse("an even hidden size", hidden_size)
     if not 0 < most_rows <= 1024:
         _refuse("most_rows from 1 to 1024", most_rows)
-    hosts: list[Any] = [None] * group.size()
-    dist.all_gather_object(hosts, (platform.node(), hidden_size, str(dtype), most_rows), group)
-    if len(set(hosts)) > 1:
-        _refuse("one host, and the same arguments on all ranks", hosts)
 
 
 def _refuse(expected: str, got: object) -> None:

@@ -48,7 +48,8 @@ def experts_forward_fp8(self: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Ten
     q, scale = moe.quant_fp8(h)
     down = _weight(self.down_proj, self.down_proj_scale_inv, self.block_size)
     y_RH = moe.grouped_mm_fp8(q, scale, *down, offsets_E, None, 1, None, dtype)
-    return moe.combine(y_RH, position_TK, weights_TK, dtype=dtype)  # type: ignore[no-any-return]
+    out_TH: Tensor = moe.combine(y_RH, position_TK, weights_TK, dtype=dtype)
+    return out_TH
 
 
 def matmul(
@@ -64,8 +65,8 @@ def matmul(
         refuse("dynamic activation scales", "a static one")
     w_HG, scale_KL = _weight(w_GH, w_scale, block_size)
     q, scale = moe.quant_fp8(x.reshape(-1, x.shape[-1]))
-    y = moe.linear_fp8(q, scale, w_HG.t(), scale_KL.t(), None, dtype or x.dtype)
-    return y.reshape(*x.shape[:-1], w_GH.shape[0])  # type: ignore[no-any-return]
+    y: Tensor = moe.linear_fp8(q, scale, w_HG.t(), scale_KL.t(), None, dtype or x.dtype)
+    return y.reshape(*x.shape[:-1], w_GH.shape[0])
 
 
 def grouped_matmul(
@@ -87,7 +88,8 @@ def batched_matmul(
     weight = _weight(w_EGH, w_scale, block_size)
     y = moe.grouped_mm_fp8(q, scale, *weight, offsets, rows, 1, None, x_RH.dtype)
     ones = torch.ones(x_RH.shape[0], 1, device=x_RH.device)
-    return moe.combine(y, position, ones, dtype=x_RH.dtype)  # type: ignore[no-any-return]
+    out: Tensor = moe.combine(y, position, ones, dtype=x_RH.dtype)
+    return out
 
 
 def _weight(w: Tensor, scale: Tensor, block_size: Any) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,8 @@ def _cuda(
     inbox = inbox_of(group_name)
     if inbox is None or rows > inbox.fastest.get((H, x.dtype), 0):
         inbox, x = None, _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), "sum", group_name))
+    elif x.device != inbox.words.device:
+        check(False, "all_reduce_add_rms_norm", f"x on {inbox.words.device}", x.device)
     return exchange(x, residual, weight, eps, inbox, round_first)
 
 

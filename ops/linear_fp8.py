@@ -10,6 +10,8 @@ Errors: ValueError as `grouped_mm_fp8`.
 Source: as `grouped_mm_fp8`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,16 +76,9 @@ def linear_fp8_triton(
     return y_NG
 
 
-def _cpu(
-    x_NH: Tensor,
-    x_scale_NK: Tensor,
-    w_GH: Tensor,
-    w_scale_LK: Tensor,
-    bias_G: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    _fake(x_NH, x_scale_NK, w_GH, w_scale_LK, bias_G, dtype)
-    return linear_fp8_reference(x_NH, x_scale_NK, w_GH, w_scale_LK, bias_G, dtype)
+def _cpu(*args: Any, **kwargs: Any) -> Tensor:
+    _fake(*args, **kwargs)
+    return linear_fp8_reference(*args, **kwargs)
 
 
 linear_fp8 = define(

@@ -61,6 +61,22 @@ def test_documented(mesh):
         assert_documented(fuse_all_reduce, capture(layer, *given()))
 
 
+@pytest.mark.parametrize("rows", [2, 8, 9])
+def test_every_rank_decides_alike(rows, monkeypatch):
+    texts = set()
+    for rank in range(4):
+        mesh = Mesh(rank)
+        none = torch.empty(2, 4, 8, H // 2)
+        inbox = Inbox(rank, none, none, none, {(H, torch.bfloat16): 8})
+        opened = {mesh.all.group_name: (mesh.all, inbox)}
+        monkeypatch.setattr(_symmetric_memory, "_INBOXES", opened)
+        gm, outcome = fused(layer, *given((rows, H)))
+        assert len(outcome.rewrites) == (rows <= 8)
+        texts.add(render(gm.graph))
+        mesh.close()
+    assert len(texts) == 1
+
+
 def torch_norm(x, residual, w):
     total = all_reduce(x) + residual
     return nn.functional.rms_norm(total, (H,), w, 1e-5), total

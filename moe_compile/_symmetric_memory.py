@@ -49,7 +49,7 @@ def measure(hidden_size: int, dtype: torch.dtype, group_name: str, most_rows: in
 def _check(hidden_size: int, dtype: torch.dtype, group: Any, most_rows: int) -> None:
     if not torch.cuda.is_available() or "nccl" not in dist.get_backend(group):
         _refuse("a group of GPUs, with the NCCL backend", dist.get_backend(group))
-    # Before all that may differ between ranks: one that raised alone would leave the others waiting.
+    # First what may differ between ranks: one that raised alone would leave the others waiting.
     hosts: list[Any] = [None] * group.size()
     dist.all_gather_object(hosts, (platform.node(), hidden_size, str(dtype), most_rows), group)
     if len(set(hosts)) > 1:

@@ -79,7 +79,7 @@ def _unclamped(node: Any) -> Any:
     """Without the clamp to +-448, which an amax scale makes needless but for infinities."""
     while True:
         found = _bound(node)
-        if found is None or abs(found[1]) != LARGEST:
+        if found is None or found[1] != (-LARGEST if found[2] else LARGEST):
             return node
         node = found[0]
 

@@ -6,7 +6,7 @@ from torch import fx
 
 from moe_compile.ops import moe
 from moe_compile.passes._gated_silu import Inputs, NoGatedSilu, gated_silu_of
-from moe_compile.passes._graph import args, aten, call, is_call, unpack, val
+from moe_compile.passes._graph import args, aten, call, is_call, same, unpack, val
 from moe_compile.passes._outcome import Declined, Outcome, exactness
 from moe_compile.passes._quant_group import VIEWS, QuantGroup, casts_to_fp8, peel, quant_group_of
 
@@ -99,6 +99,8 @@ def _fuse_op(graph: fx.Graph, quant: fx.Node, outcome: Outcome) -> None:
     y = peel(args(quant)[0])
     if val(y).dtype != val(args(quant)[0]).dtype:
         raise Declined("what is quantised was widened first")
+    if not same(val(y).shape[-1], val(args(quant)[0]).shape[-1]):
+        raise Declined("the rows quantised are not those of the activation")
     inputs, activation = gated_silu_of(y)
     schema = [a.name for a in moe.quant_fp8.default._schema.arguments]
     given = {**dict(zip(schema[1:], args(quant)[1:], strict=False)), **quant.kwargs}

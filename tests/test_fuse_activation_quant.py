@@ -274,6 +274,12 @@ def bounds_that_are_rounded(x):
     return quant(F.silu(gate.clamp(max=0.3)) * up.clamp(-0.3, 0.3))
 
 
+def clamped_the_wrong_way(x):
+    y = silu_mul(x).view(x.shape[0], -1, 128).float()
+    scale = y.abs().amax(-1, keepdim=True) / 448
+    return (y / scale).clamp(min=448).to(FP8), scale
+
+
 def returned_too(x):
     y = silu_mul(x)
     return quant(y), y
@@ -297,6 +303,7 @@ NEAR_MISSES = {
     rounded_to_float16: "rounded to torch.float16",
     bounds_that_are_rounded: "a bound of 0.3, which torch.bfloat16 rounds",
     clamped_both_ways: "clamped to bounds that the op has not",
+    clamped_the_wrong_way: "neither divided by a scale",
     returned_too: "returned, too",
     no_activation: "no silu(gate) * up",
 }
@@ -347,6 +354,20 @@ def test_between_grouped_gemms():
     torch.testing.assert_close(got, experts(*given), rtol=2e-2, atol=2.0)
     assert not got[6:].any()
     assert not outcome.declined  # nobody is told of the quantisation that enters the layer
+
+
+def test_rows_that_are_other_rows():
+    """Two rows of the activation as one: its halves would no longer be where the op looks."""
+
+    def fn(x):
+        q, scale = moe.quant_fp8(silu_mul(x).view(-1, 2 * I))
+        return q.float(), scale
+
+    _, outcome = fused(fn, x_of())
+    assert not outcome.rewrites
+    assert [e.detail for e in outcome.declined] == [
+        "the rows quantised are not those of the activation"
+    ]
 
 
 def test_rows_that_others_read_are_all_written():

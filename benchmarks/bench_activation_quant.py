@@ -53,6 +53,8 @@ def measure(R: int, F: int, sweep: bool) -> list[dict[str, Any]]:
     count = max(2, min(16, 2**28 // size))
     xs = [torch.randn(R, 2 * F, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
     ys = [torch.empty(R * F, device="cuda", dtype=torch.int8) for _ in range(count)]
+    if R * F < 2**22:  # a graph of many, so that its own start is no part of the time
+        xs, ys = xs * 8, ys * 8
     roof = microseconds([functools.partial(four_to_one, x, y) for x, y in zip(xs, ys, strict=True)])
     row = {"rows": R, "I": F, "roof us": round(roof, 2), "roof GB/s": round(5 * R * F / roof / 1e3)}
     if sweep:
@@ -72,12 +74,13 @@ def sweep_blocks(xs: list[Tensor], row: dict[str, Any]) -> list[dict[str, Any]]:
     kept = _quant_kernel.choose_block
     shapes = [(1, 1, 1), (1, 2, 1), (1, 2, 2), (1, 4, 1), (1, 4, 2), (1, 8, 2), (1, 8, 4)]
     shapes += [(2, 4, 2), (2, 8, 4), (2, 8, 8), (4, 2, 2), (4, 4, 4), (4, 8, 8), (1, 16, 4)]
+    shapes += [(4, 2, 4), (4, 4, 2), (8, 2, 4), (8, 2, 8), (1, 16, 8), (1, 1, 4), (1, 2, 4)]
     for block in shapes:
         _quant_kernel.choose_block = lambda *_, block=block: block
         us = microseconds([functools.partial(silu_mul_quant_triton, x) for x in xs], 9)
         found.append({**row, "rows, groups, warps": block, "us": round(us, 2)})
     _quant_kernel.choose_block = kept
-    return sorted(found, key=lambda r: r["us"])[:4]
+    return sorted(found, key=lambda r: r["us"])[:5]
 
 
 def check(x: Tensor) -> None:

@@ -1,20 +1,28 @@
-"""Which blocks `grouped_mm` should take: python benchmarks/sweep_grouped_mm.py
+"""Which blocks `grouped_mm` and `grouped_mm_fp8` should take: python benchmarks/sweep_grouped_mm.py
 
-For each layer, product and number of tokens, the candidates from fastest to slowest. The choice is
-written into `choose_blocks` by hand, with the numbers.
+For each layer, product and number of tokens, the candidates from fastest to slowest; the product of
+gate and up also with silu_mul at its end (and quantised, in float8), beside the two kernels that it
+replaces. The choice is written into `choose_blocks` by hand, with the numbers.
 """
 
 import argparse
 import functools
 import multiprocessing
 import os
+from typing import Any
 
 import torch
+from bench_layer_fp8 import weights_fp8
 from bench_ops import LAYERS, Layer, microseconds, roofs, routings, weights
+from torch import Tensor
 
-from moe_compile.ops import moe
+from moe_compile.ops import _grouped_mm_fp8_kernel, moe
+from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
 from moe_compile.ops._grouped_mm_kernel import Blocks
 from moe_compile.ops.grouped_mm import grouped_mm_triton
+from moe_compile.ops.grouped_mm_silu_mul import grouped_mm_silu_mul_triton
+
+DTYPES = ["bfloat16", "float32", "float8_e4m3fn"]
 
 # One row in a tile, without tensor cores.
 ONE = {
@@ -55,40 +63,87 @@ SOME = [
     *(Blocks(64, n, k, 4, w, s) for n, k, w, s in [(128, 128, 4, 3), (256, 64, 8, 4)]),
     *(Blocks(128, n, 64, 4, w, s) for n, w, s in [(128, 8, 3), (256, 8, 3)]),
 ]
+FP8 = {  # by the rows of an expert, up to
+    16: [
+        *(Blocks(1, n, 0, 1, w, s) for n, w in [(8, 2), (16, 2), (16, 4), (32, 4)] for s in (1, 3)),
+        *(Blocks(16, n, 0, 1, w, s) for n, w, s in [(32, 2, 6), (32, 4, 6), (64, 4, 4)]),
+        *(Blocks(16, n, 0, 1, w, s) for n, w, s in [(64, 2, 5), (64, 4, 6), (128, 4, 4)]),
+        *(Blocks(32, n, 0, 4, 4, s) for n, s in [(64, 4), (128, 3), (128, 4)]),
+    ],
+    128: [
+        *(Blocks(32, n, 0, 4, w, s) for n, w, s in [(64, 4, 4), (128, 4, 4), (128, 8, 4)]),
+        *(Blocks(64, n, 0, 4, w, s) for n, w, s in [(64, 4, 4), (128, 4, 4), (128, 8, 4)]),
+        *(Blocks(128, n, 0, g, 8, s) for n, g, s in [(64, 4, 4), (128, 4, 3), (128, 4, 4)]),
+        Blocks(64, 256, 0, 4, 8, 3),
+    ],
+    2**31: [
+        *(Blocks(128, 128, 0, g, 8, s) for g in (4, 8, 16) for s in (3, 4, 5)),
+        *(Blocks(64, 128, 0, g, 4, 4) for g in (8, 16)),
+        *(Blocks(64, 256, 0, g, 8, s) for g in (8, 16) for s in (3, 4)),
+    ],
+}
 MANY = [
     *(Blocks(128, 256, 64, g, 8, s) for g in (4, 8, 12, 16) for s in (3, 4)),
     *(Blocks(128, 128, 64, g, 8, s) for g in (8, 16) for s in (3, 4)),
 ]
 
 
-def candidates(layer: Layer, T: int) -> list[Blocks]:
+def candidates(layer: Layer, T: int, dtype: torch.dtype) -> list[Blocks]:
     rows_per_expert = T * layer.K / layer.E
+    if dtype == torch.float8_e4m3fn:
+        return next(found for most, found in FP8.items() if rows_per_expert <= most)
     if rows_per_expert <= 16:
         few = ONE[layer.h_contiguous] + FEW[layer.h_contiguous]
         return few if T <= 16 else few + SOME[2:4]
     return SOME if rows_per_expert <= 128 else MANY
 
 
+def products(x: Any, w: Any, ending: str, blocks: Blocks, *routing: Any) -> Tensor:
+    """One product, by the kernel that takes such a dtype."""
+    if not isinstance(x, tuple):
+        return (grouped_mm_silu_mul_triton if ending else grouped_mm_triton)(
+            x, w, *routing, blocks=blocks
+        )
+    offsets, rows, k = routing
+    R, G = (x[0] if rows is None else rows).shape[0], w[0].shape[2] // (2 if ending else 1)
+    quant = ending == "silu_mul_quant"
+    y = x[0].new_empty(R, G, dtype=x[0].dtype if quant else torch.bfloat16)
+    scale = x[1].new_empty(R, G // 128) if quant else None
+    end = _grouped_mm_fp8_kernel.Ending() if ending else None
+    launch_fp8(*x, *w, y, offsets, rows, k, None, end, scale, blocks)
+    return y
+
+
 def compile_one(job: tuple[int, bool, Blocks, torch.dtype]) -> None:
     """Fill Triton's cache on disk from another process: one tiny product with the same kernel."""
     E, h_contiguous, blocks, dtype = job
-    x = torch.randn(64, 2048, device="cuda", dtype=dtype)
-    w = torch.randn(E, 64, 2048, device="cuda", dtype=dtype).mT
+    x = torch.randn(64, 2048, device="cuda").to(dtype)
+    w = torch.randn(E, 512, 2048, device="cuda").to(dtype).mT
     w = w if h_contiguous else w.contiguous()
+    if dtype == torch.float8_e4m3fn:
+        x, w = (x, x.new_ones(64, 16, dtype=torch.float32)), (w, torch.ones(E, 4, 16).cuda().mT)
     offsets = torch.full((E,), 64, device="cuda", dtype=torch.int32)
     rows = torch.arange(64, device="cuda", dtype=torch.int32)
-    for k in 8, 1:
+    for k, ending in (8, ""), (1, ""), *((8, ending) for ending in endings(dtype, blocks)):
         try:
-            grouped_mm_triton(x, w, offsets, rows if k > 1 else None, k, None, blocks)
+            products(x, w, ending, blocks, offsets, rows if k > 1 else None, k)
         except Exception as error:
             print(blocks, type(error).__name__)
+
+
+def endings(dtype: torch.dtype, blocks: Blocks) -> list[str]:
+    if dtype != torch.float8_e4m3fn or blocks.n != 256:
+        return ["silu_mul"]
+    return ["silu_mul_quant"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 1024, 8192])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32", "float8_e4m3fn"]
+    )
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     layers = {m: LAYERS[m] for m in args.models}
@@ -96,7 +151,7 @@ def main() -> None:
         (a.E, a.h_contiguous, b, dtype)
         for a in layers.values()
         for T in args.tokens
-        for b in candidates(a, T)
+        for b in candidates(a, T, dtype)
     }
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
         pool.map(compile_one, sorted(jobs, key=str), chunksize=1)
@@ -108,41 +163,54 @@ def main() -> None:
 
 
 def sweep(model: str, layer: Layer, tokens: list[int], dtype: torch.dtype) -> None:
-    w1, w2 = weights(layer, dtype)
+    fp8 = dtype == torch.float8_e4m3fn
+    w1, w2 = weights_fp8(layer, layer.E) if fp8 else weights(layer, dtype)
     for T in tokens:
         count = 16 if T <= 64 else 2
-        x = torch.randn(T, layer.H, device="cuda", dtype=dtype)
-        a = torch.randn(T * layer.K, layer.F, device="cuda", dtype=dtype)
-        sorts, touched = [], 0
+        x: Any = torch.randn(T, layer.H, device="cuda", dtype=torch.bfloat16)
+        a: Any = torch.randn(T * layer.K, layer.F, device="cuda", dtype=torch.bfloat16)
+        h = torch.randn(T * layer.K, 2 * layer.F, device="cuda", dtype=torch.bfloat16)
+        act = moe.silu_mul_quant if fp8 else moe.silu_mul
+        act_us = microseconds([functools.partial(act, h)] * 4, 7 if T <= 64 else 3)
+        x, a = (moe.quant_fp8(v) if fp8 else v.to(dtype) for v in (x, a))
+        sorts, touched = [], 0.0
         for logits in routings(layer, T, count):
-            ids = moe.route(logits, layer.K, *layer.route)[1]
+            ids = moe.route(logits[:, : layer.E].contiguous(), layer.K, *layer.route)[1]
             touched += ids.unique().numel() / count
             sorts.append(moe.sort_tokens(ids, layer.E))
         for name, inputs, w, k in ("up", x, w1, layer.K), ("down", a, w2, 0):
             results = []
-            for blocks in candidates(layer, T):
-                calls = [
-                    functools.partial(
-                        grouped_mm_triton,
-                        inputs,
-                        w,
-                        offsets,
-                        rows if k else None,
-                        k or 1,
-                        None,
-                        blocks,
-                    )
-                    for rows, offsets, _ in sorts
-                ]
-                try:
-                    results.append((microseconds(calls, 7 if T <= 64 else 3), blocks))
-                except Exception as error:
-                    print(blocks, type(error).__name__)
+            for blocks in candidates(layer, T, dtype):
+                for ending in ["", *endings(dtype, blocks)] if k else [""]:
+                    if fp8 and blocks.n > 128 and not ending:
+                        continue
+                    calls = [
+                        functools.partial(
+                            products,
+                            inputs,
+                            w,
+                            ending,
+                            blocks,
+                            offsets,
+                            rows if k else None,
+                            k or 1,
+                        )
+                        for rows, offsets, _ in sorts
+                    ]
+                    try:
+                        us = microseconds(calls, 7 if T <= 64 else 3)
+                        results.append((us, ending, blocks))
+                    except Exception as error:
+                        print(blocks, type(error).__name__)
             read, product = roofs()
-            floor = max(touched * w[0].nbytes / read, 2 * a.shape[0] * w[0].numel() / product)
-            print(f"{model} {name} T={T} floor {floor:.1f} us")
-            for us, blocks in sorted(results):
-                print(f"    {us:9.2f} us {100 * floor / us:5.1f} %  {tuple(blocks)}")
+            one = (w[0] if fp8 else w)[0]
+            R, rate = T * layer.K, product * (2 if fp8 else 1)
+            floor = max(touched * one.nbytes / read, 2 * R * one.numel() / rate)
+            print(f"{model} {name} T={T} floor {floor:.1f} us, activation alone {act_us:.2f} us")
+            for which in "", "silu_mul", "silu_mul_quant":
+                for us, ending, blocks in sorted(r for r in results if r[1] == which)[:5]:
+                    share = 100 * floor / us
+                    print(f"    {us:9.2f} us {share:5.1f} %  {tuple(blocks)} {ending}", flush=True)
 
 
 if __name__ == "__main__":

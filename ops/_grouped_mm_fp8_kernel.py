@@ -4,12 +4,16 @@ Tiles as in `grouped_mm`. The product of each group along K is added up by itsel
 and added to the rest: so sums in the tensor cores stay short, and every scale is applied once.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_compile.ops._grouped_mm_kernel import Blocks, _find_tile
+from moe_compile.ops._gated import rounded
+from moe_compile.ops._grouped_mm_kernel import Blocks, _find_tile, columns_of_w, gated_pairs
+from moe_compile.ops._quant_kernel import quantized
 
 
 def choose_blocks_fp8(R: int, E: int) -> Blocks:
@@ -29,11 +33,12 @@ def _one_row(  # type: ignore[no-untyped-def]
     x_ptrs,
     xs_ptr,
     w_ptrs,
-    ws_ptr,
+    ws_ptrs,
     w_mask,
     H,
     stride_xsg,
     stride_wsk,
+    EVEN_H: tl.constexpr,
     GROUP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -41,12 +46,15 @@ def _one_row(  # type: ignore[no-untyped-def]
     k = tl.arange(0, GROUP_K)[:, None]
     sums = tl.zeros([GROUP_K, BLOCK_N], tl.float32)
     for start in tl.range(0, H, GROUP_K, num_stages=STAGES):
-        inside = k < H - start
-        x = tl.load(x_ptrs + start, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(w_ptrs + start, mask=w_mask & inside, other=0.0).to(tl.float32)
+        if EVEN_H:
+            x = tl.load(x_ptrs + start)
+            w = tl.load(w_ptrs + start, mask=w_mask, other=0.0)
+        else:
+            x = tl.load(x_ptrs + start, mask=k < H - start, other=0.0)
+            w = tl.load(w_ptrs + start, mask=w_mask & (k < H - start), other=0.0)
         scale = tl.load(xs_ptr + (start // GROUP_K) * stride_xsg)
-        scale *= tl.load(ws_ptr + (start // 128) * stride_wsk)
-        sums += x * w * scale
+        scale = scale * tl.load(ws_ptrs + (start // 128) * stride_wsk)
+        sums += x.to(tl.float32) * w.to(tl.float32) * scale[None, :]
     return tl.sum(sums, 0)
 
 
@@ -57,18 +65,24 @@ def _many_rows(  # type: ignore[no-untyped-def]
     row_mask,
     w_ptrs,
     ws_ptr,
+    ws_gate,
     w_mask,
     H,
     stride_xsg,
     stride_wsk,
     EVEN_H: tl.constexpr,
     UPCAST: tl.constexpr,
+    GATE: tl.constexpr,
     GROUP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """With a gate, columns of gate and up take turns, and up's scales are ws_gate behind gate's."""
     k = tl.arange(0, GROUP_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if GATE:
+        acc = tl.zeros([BLOCK_M, BLOCK_N // 2, 2], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, H, GROUP_K):
         if EVEN_H:
             x = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
@@ -79,11 +93,16 @@ def _many_rows(  # type: ignore[no-untyped-def]
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
         scale = tl.load(xs_ptrs + (start // GROUP_K) * stride_xsg, mask=row_mask, other=0.0)
-        scale *= tl.load(ws_ptr + (start // 128) * stride_wsk)
-        acc += tl.dot(x, w) * scale[:, None]
+        if GATE:
+            ws_ptrs = ws_ptr + (start // 128) * stride_wsk + tl.arange(0, 2) * ws_gate
+            scale_of_pair = scale[:, None] * tl.load(ws_ptrs)[None, :]
+            acc += tl.reshape(tl.dot(x, w), acc.shape) * scale_of_pair[:, None, :]
+        else:
+            scale *= tl.load(ws_ptr + (start // 128) * stride_wsk)
+            acc += tl.dot(x, w) * scale[:, None]
         x_ptrs += GROUP_K
         w_ptrs += GROUP_K
-    return acc
+    return tl.reshape(acc, [BLOCK_M, BLOCK_N])
 
 
 @triton.jit(do_not_specialize=["R", "num_tiles"])
@@ -96,6 +115,7 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     rows_ptr,
     bias_ptr,
     y_ptr,
+    ys_ptr,
     R,
     E,
     H,
@@ -110,7 +130,17 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     stride_wse,
     stride_wsk,
     stride_wsg,
+    alpha,
+    limit,
+    up_shift,
+    amax_floor,
     DENSE: tl.constexpr,
+    GATE: tl.constexpr,
+    QUANT: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    ROUND_SILU: tl.constexpr,
+    ROUND_PRODUCT: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -128,7 +158,7 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     size = tl.minimum(num_tiles - group * GROUP, GROUP)
     tile = group * GROUP + place % size
     column = (place // size) * BLOCK_N
-    cols = column + tl.arange(0, BLOCK_N)
+    cols = columns_of_w(column, G, GATE, BLOCK_N)
 
     if DENSE:
         expert, first_row, end = 0, tile * BLOCK_M, R
@@ -137,10 +167,15 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     rows = first_row + tl.arange(0, BLOCK_M)
     if first_row >= end:
         return
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * G + cols[None, :]
-    y_mask = (rows < end)[:, None] & (cols < G)[None, :]
+    BLOCK_F: tl.constexpr = BLOCK_N // 2 if GATE else BLOCK_N
+    F = G // 2 if GATE else G
+    column = column // 2 if GATE else column
+    features = column + tl.arange(0, BLOCK_F)
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * F + features[None, :]
+    y_mask = (rows < end)[:, None] & (features < F)[None, :]
     if expert == E:
-        tl.store(y_ptrs, tl.zeros([BLOCK_M, BLOCK_N], y_ptr.dtype.element_ty), mask=y_mask)
+        if not QUANT:
+            tl.store(y_ptrs, tl.zeros([BLOCK_M, BLOCK_F], y_ptr.dtype.element_ty), mask=y_mask)
         return
 
     source = rows
@@ -151,24 +186,52 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     w_ptrs = w_ptr + tl.cast(expert, tl.int64) * stride_we
     w_ptrs += k[:, None] + cols.to(tl.int64)[None, :] * stride_wg
     w_mask = (cols < G)[None, :]
-    # BLOCK_N divides 128: one column of weight scales.
+    # A tile's features are a part of 128: one column of weight scales, or one of gate and of up.
+    ws_gate = (F // 128) * stride_wsg
     ws_ptr += tl.cast(expert, tl.int64) * stride_wse + (column // 128) * stride_wsg
     if BLOCK_M == 1:
         row = tl.max(source, 0)
+        ws_ptrs = (
+            ws_ptr + (tl.arange(0, BLOCK_N) % 2 if GATE else tl.zeros([1], tl.int32)) * ws_gate
+        )
         acc = _one_row(
-            x_ptr + row * stride_xn + k[:, None], xs_ptr + row * stride_xsn, w_ptrs, ws_ptr,
-            w_mask, H, stride_xsg, stride_wsk, GROUP_K, BLOCK_N, STAGES,
+            x_ptr + row * stride_xn + k[:, None], xs_ptr + row * stride_xsn, w_ptrs, ws_ptrs,
+            w_mask, H, stride_xsg, stride_wsk, EVEN_H, GROUP_K, BLOCK_N, STAGES,
         )[None, :]  # fmt: skip
     else:
         acc = _many_rows(
             x_ptr + source[:, None] * stride_xn + k[None, :], xs_ptr + source * stride_xsn,
-            rows < end, w_ptrs, ws_ptr, w_mask, H, stride_xsg, stride_wsk,
-            EVEN_H, UPCAST, GROUP_K, BLOCK_M, BLOCK_N,
+            rows < end, w_ptrs, ws_ptr, ws_gate, w_mask, H, stride_xsg, stride_wsk,
+            EVEN_H, UPCAST, GATE, GROUP_K, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + tl.cast(expert, tl.int64) * G + cols, mask=cols < G, other=0.0)
         acc += bias.to(tl.float32)[None, :]
+    if GATE:
+        dtype = tl.bfloat16 if QUANT else y_ptr.dtype.element_ty
+        acc = gated_pairs(acc, alpha, limit, up_shift, dtype, HAS_LIMIT, ROUND_SILU, UPCAST)
+    if QUANT:
+        y = rounded(acc, tl.bfloat16, ROUND_PRODUCT, UPCAST)
+        q, scale = quantized(
+            tl.reshape(y, [BLOCK_M, 1, BLOCK_F]), amax_floor, 0.0,
+            POWER_OF_TWO, False, False, UPCAST, UPCAST,
+        )  # fmt: skip
+        acc = tl.reshape(q, [BLOCK_M, BLOCK_F])
+        ys_ptrs = ys_ptr + rows.to(tl.int64) * (F // 128) + column // 128
+        tl.store(ys_ptrs, tl.reshape(scale, [BLOCK_M]), mask=rows < end)
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+class Ending(NamedTuple):
+    """silu_mul_quant's attributes, for a product that ends with it."""
+
+    alpha: float = 1.0
+    limit: float | None = None
+    up_shift: float = 0.0
+    round_silu: bool = False
+    round_product: bool = False
+    power_of_two: bool = False
+    amax_floor: float = 1e-10
 
 
 def launch(
@@ -181,9 +244,14 @@ def launch(
     rows_R: Tensor | None = None,
     top_k: int = 1,
     bias_EG: Tensor | None = None,
+    ending: Ending | None = None,
+    y_scale_RL: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> None:
-    """Fill y; without offsets all rows are the one expert's. w is contiguous along H."""
+    """Fill y; without offsets all rows are the one expert's. w is contiguous along H.
+
+    With an ending y is [R, F], and quantised if y_scale is given.
+    """
     R, (E, H, G) = y_RG.shape[0], w_EHG.shape
     if y_RG.numel() == 0:
         return
@@ -193,6 +261,7 @@ def launch(
     if offsets_E is None:
         num_tiles = triton.cdiv(R, blocks.m)
     group_k = group_of_scales(H, x_scale_NK)
+    end = ending or Ending()
     grouped_mm_fp8_kernel[(num_tiles * triton.cdiv(G, blocks.n),)](
         x_NH,
         x_scale_NK,
@@ -202,6 +271,7 @@ def launch(
         rows_R if rows_R is None else rows_R.contiguous(),
         bias_EG if bias_EG is None else bias_EG.contiguous(),
         y_RG,
+        y_scale_RL,
         R,
         E,
         H,
@@ -213,7 +283,17 @@ def launch(
         w_EHG.stride(0),
         w_EHG.stride(2),
         *w_scale_EKL.stride(),
+        float(end.alpha),
+        0.0 if end.limit is None else float(end.limit),
+        float(end.up_shift),
+        end.amax_floor,
         DENSE=offsets_E is None,
+        GATE=int(ending is not None),
+        QUANT=y_scale_RL is not None,
+        HAS_LIMIT=end.limit is not None,
+        ROUND_SILU=end.round_silu,
+        ROUND_PRODUCT=end.round_product,
+        POWER_OF_TWO=end.power_of_two,
         HAS_ROWS=rows_R is not None,
         HAS_BIAS=bias_EG is not None,
         EVEN_H=H % group_k == 0,

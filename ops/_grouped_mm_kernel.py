@@ -2,6 +2,10 @@
 
 A tile is up to BLOCK_M rows of one expert. The host knows only how many tiles there can be; each
 program finds its own from the offsets on the device, so nothing waits for the router.
+
+With a gate (`grouped_mm_silu_mul`), a tile's columns of w are pairs of gate and up, side by side:
+so they stand in w itself (interleaved), or so their addresses are chosen. A thread then holds both
+of a pair when the product is done, and no copy of the weight is made.
 """
 
 from typing import NamedTuple
@@ -9,6 +13,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from moe_compile.ops._gated import gated, rounded
 
 
 class Blocks(NamedTuple):
@@ -176,6 +183,11 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     stride_we,
     stride_wh,
     stride_wg,
+    alpha,
+    limit,
+    up_shift,
+    GATE: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -195,16 +207,21 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     place = tl.program_id(0) % (GROUP * num_columns)
     size = tl.minimum(num_tiles - group * GROUP, GROUP)
     tile = group * GROUP + place % size
-    cols = (place // size) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = (place // size) * BLOCK_N
+    cols = columns_of_w(column, G, GATE, BLOCK_N)
 
     expert, first_row, end = _find_tile(offsets_ptr, tile, R, E, BLOCK_M, BLOCK_E)
     rows = first_row + tl.arange(0, BLOCK_M)
     if first_row >= end:
         return
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * G + cols[None, :]
-    y_mask = (rows < end)[:, None] & (cols < G)[None, :]
+    dtype = y_ptr.dtype.element_ty
+    BLOCK_F: tl.constexpr = BLOCK_N if GATE == 0 else BLOCK_N // 2
+    F = G if GATE == 0 else G // 2
+    features = (column if GATE == 0 else column // 2) + tl.arange(0, BLOCK_F)
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * F + features[None, :]
+    y_mask = (rows < end)[:, None] & (features < F)[None, :]
     if expert == E:
-        tl.store(y_ptrs, tl.zeros([BLOCK_M, BLOCK_N], y_ptr.dtype.element_ty), mask=y_mask)
+        tl.store(y_ptrs, tl.zeros([BLOCK_M, BLOCK_F], dtype), mask=y_mask)
         return
 
     source = rows
@@ -229,4 +246,100 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * G + cols, mask=cols < G, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+    if GATE != 0:
+        acc = gated_pairs(acc, alpha, limit, up_shift, dtype, HAS_LIMIT, False, UPCAST)
+    tl.store(y_ptrs, acc.to(dtype), mask=y_mask)
+
+
+@triton.jit
+def columns_of_w(column, G, GATE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The columns of a tile that begins with `column`; past G where there are no more."""
+    cols = column + tl.arange(0, BLOCK_N)
+    if GATE == 1:  # halves: gate and up in turn
+        cols = tl.where(cols < G, cols // 2 + (cols % 2) * (G // 2), G)
+    return cols
+
+
+@triton.jit
+def gated_pairs(  # type: ignore[no-untyped-def]
+    acc,
+    alpha,
+    limit,
+    up_shift,
+    dtype,
+    HAS_LIMIT: tl.constexpr,
+    ROUND_SILU: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """[M, 2F] of gate and up in turn -> [M, F], from what the product would have been stored as."""
+    pairs = tl.reshape(rounded(acc, dtype, True, INTERPRETED), [acc.shape[0], acc.shape[1] // 2, 2])
+    gate, up = tl.split(pairs)
+    return gated(
+        gate, up, alpha, limit, up_shift, dtype, HAS_LIMIT, False, False, ROUND_SILU, INTERPRETED
+    )
+
+
+class Gate(NamedTuple):
+    """silu_mul's attributes, for a product that ends with it."""
+
+    interleaved: bool = False
+    alpha: float = 1.0
+    limit: float | None = None
+    up_shift: float = 0.0
+
+
+def launch(
+    x_NH: Tensor,
+    w_EHG: Tensor,
+    y_RG: Tensor,
+    offsets_E: Tensor,
+    rows_R: Tensor | None,
+    top_k: int,
+    bias_EG: Tensor | None,
+    gate: Gate | None = None,
+    blocks: Blocks | None = None,
+) -> None:
+    """Fill y: one program for BLOCK_M rows of one expert and BLOCK_N columns of w."""
+    R, (E, H, G) = y_RG.shape[0], w_EHG.shape
+    if y_RG.numel() == 0:
+        return
+    x_NH = x_NH if x_NH.stride(1) == 1 else x_NH.contiguous()
+    blocks = blocks or choose_blocks(R, E, x_NH.dtype, w_EHG.stride(1) == 1)
+    # E experts and the rows of none are E + 1 groups; each group that is not empty adds at most one
+    # tile that is not full.
+    num_tiles = R // blocks.m + (min(R, E + 1) if blocks.m > 1 else 0)
+    limit = None if gate is None else gate.limit
+    grouped_mm_kernel[(num_tiles * triton.cdiv(G, blocks.n),)](
+        x_NH,
+        w_EHG,
+        offsets_E.contiguous(),
+        offsets_E if rows_R is None else rows_R.contiguous(),
+        x_NH if bias_EG is None else bias_EG.contiguous(),
+        y_RG,
+        R,
+        E,
+        H,
+        G,
+        top_k,
+        num_tiles,
+        x_NH.stride(0),
+        *w_EHG.stride(),
+        1.0 if gate is None else float(gate.alpha),
+        0.0 if limit is None else float(limit),
+        0.0 if gate is None else float(gate.up_shift),
+        GATE=0 if gate is None else 2 if gate.interleaved else 1,
+        HAS_LIMIT=limit is not None,
+        HAS_ROWS=rows_R is not None,
+        HAS_BIAS=bias_EG is not None,
+        EVEN_H=H % blocks.k == 0,
+        UPCAST=not x_NH.is_cuda,  # only the interpreter runs on the CPU; its bfloat16 dot is wrong
+        COMPENSATE=x_NH.dtype == torch.float32,
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        BLOCK_E=triton.next_power_of_2(E),
+        GROUP=blocks.group,
+        STAGES=blocks.stages,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )

@@ -7,64 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._gated import gated, kept_bits, rounded
+
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 
 
 @triton.jit
-def _kept_bits(y, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """y to so many bits behind the leading one, to nearest even.
-
-    Only for Triton's interpreter, whose casts to bfloat16 and float8 do not round like a GPU's.
-    """
-    bits = y.to(tl.int32, bitcast=True)
-    bits += (1 << (22 - BITS)) - 1 + ((bits >> (23 - BITS)) & 1)
-    bits &= -(1 << (23 - BITS))
-    return tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
-
-
-@triton.jit
-def _to_e4m3(y, dtype, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+def to_e4m3(y, dtype, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
     if INTERPRETED:
         small = (y * 512.0 + 12582912.0) - 12582912.0  # steps of 2 ** -9 below 2 ** -6
-        y = tl.where(tl.abs(y) < 0.015625, small / 512.0, _kept_bits(y, 3))
+        y = tl.where(tl.abs(y) < 0.015625, small / 512.0, kept_bits(y, 3))
     return y.to(dtype)
-
-
-@triton.jit
-def _rounded(y, dtype, ROUND: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """y in float32, rounded to the dtype where the model rounds."""
-    if ROUND:
-        if INTERPRETED and dtype == tl.bfloat16:
-            y = _kept_bits(y, 7)
-        y = y.to(dtype).to(tl.float32)
-    return y
-
-
-@triton.jit
-def _gated(  # type: ignore[no-untyped-def]
-    gate,
-    up,
-    alpha,
-    limit,
-    up_shift,
-    dtype,
-    HAS_LIMIT: tl.constexpr,
-    ROUND_TERMS: tl.constexpr,
-    ROUND_SIGMOID: tl.constexpr,
-    ROUND_SILU: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    gate, up = gate.to(tl.float32), up.to(tl.float32)
-    if HAS_LIMIT:  # by comparisons, which leave NaN as it is
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    below = 1.0 + tl.exp(-_rounded(alpha * gate, dtype, ROUND_TERMS, INTERPRETED))
-    up = _rounded(up + up_shift, dtype, ROUND_TERMS, INTERPRETED)
-    silu = gate / below
-    if ROUND_SIGMOID:
-        silu = gate * _rounded(1.0 / below, dtype, True, INTERPRETED)
-    return _rounded(silu, dtype, ROUND_SILU, INTERPRETED) * up
 
 
 @triton.jit
@@ -78,8 +32,9 @@ def _quotient(y, scale, DIVIDE: tl.constexpr):  # type: ignore[no-untyped-def]
         return tl.math.div_rn(y, tl.broadcast_to(scale, y.shape))
     inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     near = y * inverse
-    exact = tl.fma(tl.fma(-near, tl.broadcast_to(scale, y.shape), y), inverse, near)
-    return tl.where(scale < 1e30, exact, near)
+    normal = scale < 1e30  # others are left uncorrected: a remainder of y, times nothing
+    rest = tl.fma(-near, tl.broadcast_to(tl.where(normal, scale, 0.0), y.shape), y)
+    return tl.fma(rest, tl.broadcast_to(tl.where(normal, inverse, 0.0), y.shape), near)
 
 
 @triton.jit
@@ -92,6 +47,36 @@ def _power_of_two(scale):  # type: ignore[no-untyped-def]
     return tl.where((bits >> 23) == 255, scale, (exponent << 23).to(tl.float32, bitcast=True))
 
 
+@triton.jit
+def quantized(  # type: ignore[no-untyped-def]
+    y,
+    amax_floor,
+    scale_floor,
+    POWER_OF_TWO: tl.constexpr,
+    SCALE_BY_RECIPROCAL: tl.constexpr,
+    QUANT_BY_RECIPROCAL: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """y [rows, groups, group] -> what to cast to float8, and the scale of each group."""
+    amax = tl.max(tl.abs(y), 2)
+    amax = tl.where(amax < amax_floor, amax_floor, amax)
+    if SCALE_BY_RECIPROCAL:
+        scale = amax * (1.0 / 448.0)
+    else:
+        scale = tl.math.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
+    scale = tl.where(scale < scale_floor, scale_floor, scale)
+    if POWER_OF_TWO:
+        scale = _power_of_two(scale)
+    if QUANT_BY_RECIPROCAL:
+        q = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, :, None]
+    else:
+        q = _quotient(y, scale[:, :, None], DIVIDE)
+    if INTERPRETED:  # a GPU's cast saturates
+        q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
+    return q, scale
+
+
 @triton.jit(do_not_specialize=["R"])
 def quant_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
@@ -101,7 +86,6 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     scale_ptr,
     R,
-    F,
     E,
     stride_xr,
     stride_ur,
@@ -126,12 +110,13 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     QUANT_BY_RECIPROCAL: tl.constexpr,
     DIVIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    F: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     BLOCK_F: tl.constexpr = GROUP * GROUPS
-    num_blocks = tl.cdiv(F, BLOCK_F)
+    num_blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     rows = (tl.program_id(0) // num_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     block = tl.program_id(0) % num_blocks
     end = R
@@ -153,33 +138,21 @@ def quant_kernel(  # type: ignore[no-untyped-def]
             gate = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)
             up_rows = up_ptr + rows.to(tl.int64)[:, None] * stride_ur
             up = tl.load(up_rows + cols[None, :], mask=mask, other=0.0)
-        y = _gated(
+        y = gated(
             gate, up, alpha, limit, up_shift, dtype,
             HAS_LIMIT, ROUND_TERMS, ROUND_SIGMOID, ROUND_SILU, INTERPRETED,
         )  # fmt: skip
-        y = _rounded(y, dtype, ROUND_PRODUCT, INTERPRETED)
+        y = rounded(y, dtype, ROUND_PRODUCT, INTERPRETED)
     else:
         y = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_WEIGHTS:
         y *= tl.load(weights_ptr + rows, mask=rows < end, other=0.0).to(tl.float32)[:, None]
 
-    y = tl.reshape(y, [BLOCK_R, GROUPS, GROUP])
-    amax = tl.max(tl.abs(y), 2)
-    amax = tl.where(amax < amax_floor, amax_floor, amax)
-    if SCALE_BY_RECIPROCAL:
-        scale = amax * (1.0 / 448.0)
-    else:
-        scale = tl.math.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
-    scale = tl.where(scale < scale_floor, scale_floor, scale)
-    if POWER_OF_TWO:
-        scale = _power_of_two(scale)
-    if QUANT_BY_RECIPROCAL:
-        q = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, :, None]
-    else:
-        q = _quotient(y, scale[:, :, None], DIVIDE)
-    if INTERPRETED:  # a GPU's cast saturates
-        q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
-    q = _to_e4m3(tl.reshape(q, [BLOCK_R, BLOCK_F]), q_ptr.dtype.element_ty, INTERPRETED)
+    q, scale = quantized(
+        tl.reshape(y, [BLOCK_R, GROUPS, GROUP]), amax_floor, scale_floor,
+        POWER_OF_TWO, SCALE_BY_RECIPROCAL, QUANT_BY_RECIPROCAL, DIVIDE, INTERPRETED,
+    )  # fmt: skip
+    q = to_e4m3(tl.reshape(q, [BLOCK_R, BLOCK_F]), q_ptr.dtype.element_ty, INTERPRETED)
     tl.store(q_ptr + rows.to(tl.int64)[:, None] * F + cols[None, :], q, mask=mask)
 
     groups = block * GROUPS + tl.arange(0, GROUPS)
@@ -226,7 +199,6 @@ def launch(
         q_RF,
         scale_RG,
         R,
-        F,
         0 if offsets_E is None else offsets_E.shape[0],
         x_RX.stride(0),
         up.stride(0),
@@ -250,6 +222,7 @@ def launch(
         QUANT_BY_RECIPROCAL=reciprocals[1],
         DIVIDE=not x_RX.is_cuda or max(amax_floor / LARGEST, scale_floor) < 1e-30,
         INTERPRETED=not x_RX.is_cuda,
+        F=F,
         GROUP=group,
         BLOCK_R=rows,
         GROUPS=groups,

@@ -15,8 +15,6 @@ Errors: ValueError for other ranks, dtypes or shapes, tensors on several devices
 Source: the grouped product of MegaBlocks, Gale et al. 2022, arXiv:2211.15841, section 5.
 """
 
-import torch
-import triton
 from torch import Tensor
 
 from moe_compile.ops._check import (
@@ -27,7 +25,7 @@ from moe_compile.ops._check import (
     check_same_device,
 )
 from moe_compile.ops._cpu import grouped_mm_cpu
-from moe_compile.ops._grouped_mm_kernel import Blocks, choose_blocks, grouped_mm_kernel
+from moe_compile.ops._grouped_mm_kernel import Blocks, launch
 from moe_compile.ops._library import define
 
 
@@ -60,49 +58,14 @@ def grouped_mm_triton(
     bias_EG: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """Launch the kernel: one program for BLOCK_M rows of one expert and BLOCK_N columns."""
+    """Launch the kernel."""
     y_RG = _fake(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
-    R, (E, H, G) = y_RG.shape[0], w_EHG.shape
-    if y_RG.numel() == 0:
-        return y_RG
-    x_NH = x_NH if x_NH.stride(1) == 1 else x_NH.contiguous()
-    blocks = blocks or choose_blocks(R, E, x_NH.dtype, w_EHG.stride(1) == 1)
-    # E experts and the rows of none are E + 1 groups; each group that is not empty adds at most one
-    # tile that is not full.
-    num_tiles = R // blocks.m + (min(R, E + 1) if blocks.m > 1 else 0)
-    grouped_mm_kernel[(num_tiles * triton.cdiv(G, blocks.n),)](
-        x_NH,
-        w_EHG,
-        offsets_E.contiguous(),
-        offsets_E if rows_R is None else rows_R.contiguous(),
-        x_NH if bias_EG is None else bias_EG.contiguous(),
-        y_RG,
-        R,
-        E,
-        H,
-        G,
-        top_k,
-        num_tiles,
-        x_NH.stride(0),
-        *w_EHG.stride(),
-        HAS_ROWS=rows_R is not None,
-        HAS_BIAS=bias_EG is not None,
-        EVEN_H=H % blocks.k == 0,
-        UPCAST=not x_NH.is_cuda,  # only the interpreter runs on the CPU; its bfloat16 dot is wrong
-        COMPENSATE=x_NH.dtype == torch.float32,
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        BLOCK_K=blocks.k,
-        BLOCK_E=triton.next_power_of_2(E),
-        GROUP=blocks.group,
-        STAGES=blocks.stages,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )
+    launch(x_NH, w_EHG, y_RG, offsets_E, rows_R, top_k, bias_EG, blocks=blocks)
     return y_RG
 
 
-def _check(
+def check_grouped_mm(
+    op: str,
     x_NH: Tensor,
     w_EHG: Tensor,
     offsets_E: Tensor,
@@ -110,7 +73,6 @@ def _check(
     top_k: int,
     bias_EG: Tensor | None,
 ) -> None:
-    op = "grouped_mm"
     check_dims(op, "x", x_NH, "[N, H]")
     check_dims(op, "w", w_EHG, "[E, H, G]")
     check_dims(op, "offsets", offsets_E, "[E]")
@@ -141,7 +103,7 @@ def _fake(
     top_k: int = 1,
     bias_EG: Tensor | None = None,
 ) -> Tensor:
-    _check(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
+    check_grouped_mm("grouped_mm", x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
     R = x_NH.shape[0] if rows_R is None else rows_R.shape[0]
     return x_NH.new_empty(R, w_EHG.shape[2])
 
@@ -154,7 +116,7 @@ def _cpu(
     top_k: int = 1,
     bias_EG: Tensor | None = None,
 ) -> Tensor:
-    _check(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
+    check_grouped_mm("grouped_mm", x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
     return grouped_mm_cpu(x_NH, w_EHG, offsets_E, rows_R, top_k, bias_EG)
 
 

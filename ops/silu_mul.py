@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compile.ops._check import check, check_dims, check_float
+from moe_compile.ops._gated import gated
 from moe_compile.ops._library import define
 
 
@@ -46,6 +47,7 @@ def _silu_mul_kernel(  # type: ignore[no-untyped-def]
     up_shift,
     INTERLEAVED: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -54,15 +56,15 @@ def _silu_mul_kernel(  # type: ignore[no-untyped-def]
     x_row = x_ptr + row * stride_xr
     if INTERLEAVED:  # one contiguous load, parted in registers
         pairs = 2 * block + tl.arange(0, 2 * BLOCK_F)
-        x = tl.load(x_row + pairs, mask=pairs < 2 * F, other=0.0).to(tl.float32)
+        x = tl.load(x_row + pairs, mask=pairs < 2 * F, other=0.0)
         gate, up = tl.split(tl.reshape(x, [BLOCK_F, 2]))
     else:
-        gate = tl.load(x_row + cols, mask=cols < F, other=0.0).to(tl.float32)
-        up = tl.load(x_row + F + cols, mask=cols < F, other=0.0).to(tl.float32)
-    if HAS_LIMIT:  # by comparisons, which leave NaN as it is
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    y = gate * tl.sigmoid(alpha * gate) * (up + up_shift)
+        gate = tl.load(x_row + cols, mask=cols < F, other=0.0)
+        up = tl.load(x_row + F + cols, mask=cols < F, other=0.0)
+    y = gated(
+        gate, up, alpha, limit, up_shift, x_ptr.dtype.element_ty,
+        HAS_LIMIT, False, False, False, INTERPRETED,
+    )  # fmt: skip
     tl.store(y_ptr + row * F + cols, y, mask=cols < F)
 
 
@@ -91,6 +93,7 @@ def silu_mul_triton(
         float(up_shift),
         INTERLEAVED=interleaved,
         HAS_LIMIT=limit is not None,
+        INTERPRETED=not x_RG.is_cuda,
         BLOCK_F=BLOCK_F,
     )
     return y_RF

@@ -15,6 +15,7 @@ import pytest
 
 ACT = {"x_ptr": "*bf16", "y_ptr": "*bf16", "F": "i32", "stride_xr": "i32"}
 SILU = {**ACT, "alpha": "fp32", "limit": "fp32", "up_shift": "fp32"}
+ROW = {"BLOCK_F": 1024, "INTERPRETED": False}
 ROUTE = {
     **{"logits_ptr": "*fp32", "bias_ptr": "*fp32", "weights_ptr": "*fp32", "ids_ptr": "*i64"},
     **{"stride_t": "i32", "per_group": "i32", "num_groups": "i32", "top_groups": "i32"},
@@ -32,7 +33,8 @@ GEMM = {
     **{"x_ptr": "*bf16", "w_ptr": "*bf16", "offsets_ptr": "*i32", "rows_ptr": "*i32"},
     **{"bias_ptr": "*bf16", "y_ptr": "*bf16", "R": "i32", "E": "i32", "H": "i32", "G": "i32"},
     **{"top_k": "i32", "num_tiles": "i32", "stride_xn": "i32", "stride_we": "i32"},
-    **{"stride_wh": "i32", "stride_wg": "i32"},
+    **{"stride_wh": "i32", "stride_wg": "i32", "alpha": "fp32", "limit": "fp32"},
+    "up_shift": "fp32",
 }
 IN_F32 = {name: kind.replace("bf16", "fp32") for name, kind in GEMM.items()}
 QUANT = {
@@ -42,7 +44,6 @@ QUANT = {
         "stride_ur": "i32",
         "scale_ptr": "*fp32",
         "R": "i32",
-        "F": "i32",
         "E": "i32",
         "stride_xr": "i32",
     },
@@ -54,6 +55,8 @@ GEMM_FP8 = {
     **{"offsets_ptr": "*i32", "rows_ptr": "*i32", "bias_ptr": "*bf16", "y_ptr": "*bf16"},
     **{name: "i32" for name in ("R", "E", "H", "G", "top_k", "num_tiles", "stride_xn")},
     **{f"stride_{name}": "i32" for name in ("xsn", "xsg", "we", "wg", "wse", "wsk", "wsg")},
+    **{name: "fp32" for name in ("alpha", "limit", "up_shift", "amax_floor")},
+    "ys_ptr": "*fp32",
 }
 ALL_REDUCE = {
     **{"x_ptr": "*i32", "residual_ptr": "*bf16", "weight_ptr": "*bf16", "sum_ptr": "*bf16"},
@@ -69,7 +72,7 @@ def quant(**constants):
         *("ROUND_SIGMOID", "ROUND_SILU", "ROUND_PRODUCT", "POWER_OF_TWO", "SCALE_BY_RECIPROCAL"),
         *("QUANT_BY_RECIPROCAL", "DIVIDE", "INTERPRETED"),
     )
-    block = {"GROUP": 128, "BLOCK_R": 1, "GROUPS": 8}
+    block = {"F": 2048, "GROUP": 128, "BLOCK_R": 1, "GROUPS": 8}
     return {**dict.fromkeys(off, False), **block, **constants}
 
 
@@ -77,7 +80,8 @@ def blocks_fp8(m, n, group, stages, **constants):
     """The constants of `grouped_mm_fp8_kernel`."""
     shape = {"BLOCK_M": m, "BLOCK_N": n, "GROUP": group, "STAGES": stages, "GROUP_K": 128}
     flags = {"DENSE": False, "HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
-    return {**shape, **flags, "BLOCK_E": 128, **constants}
+    ending = ("GATE", "QUANT", "HAS_LIMIT", "ROUND_SILU", "ROUND_PRODUCT", "POWER_OF_TWO")
+    return {**shape, **flags, **dict.fromkeys(ending, 0), "BLOCK_E": 128, **constants}
 
 
 def exchange(ranks, **constants):
@@ -90,17 +94,13 @@ def blocks(m, n, k, group, stages, **constants):
     """The constants of `grouped_mm_kernel` with the blocks that `choose_blocks` gives."""
     shape = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": group, "STAGES": stages}
     flags = {"HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
-    return {**shape, **flags, "COMPENSATE": False, "BLOCK_E": 128, "stride_wh": 1, **constants}
+    flags |= {"COMPENSATE": False, "GATE": 0, "HAS_LIMIT": False}
+    return {**shape, **flags, "BLOCK_E": 128, "stride_wh": 1, **constants}
 
 
 KERNELS = {  # module, kernel, types, constants, warps
-    "silu_mul": ("silu_mul", SILU, {"INTERLEAVED": False, "HAS_LIMIT": False, "BLOCK_F": 1024}, 4),
-    "silu_mul of gpt-oss": (
-        "silu_mul",
-        SILU,
-        {"INTERLEAVED": True, "HAS_LIMIT": True, "BLOCK_F": 1024},
-        4,
-    ),
+    "silu_mul": ("silu_mul", SILU, {"INTERLEAVED": False, "HAS_LIMIT": False, **ROW}, 4),
+    "silu_mul of gpt-oss": ("silu_mul", SILU, {"INTERLEAVED": True, "HAS_LIMIT": True, **ROW}, 4),
     "gelu_mul": ("gelu_mul", ACT, {"TANH": True, "BLOCK_F": 1024}, 4),
     "relu2": ("relu2", ACT, {"BLOCK_F": 1024}, 4),
     "route of Qwen3": ("route", ROUTE, {**SOFTMAX, **TOP8, "BLOCK_P": 1, "BLOCK_S": 128}, 1),
@@ -136,6 +136,14 @@ KERNELS = {  # module, kernel, types, constants, warps
         blocks(64, 64, 32, 8, 3, COMPENSATE=True),
         8,
     ),
+    "grouped_mm_silu_mul of one row": ("grouped_mm", GEMM, blocks(1, 16, 256, 1, 3, GATE=1), 2),
+    "grouped_mm_silu_mul of few rows": ("grouped_mm", GEMM, blocks(16, 64, 128, 1, 3, GATE=1), 4),
+    "grouped_mm_silu_mul of gpt-oss": (
+        "grouped_mm",
+        GEMM,
+        {**blocks(128, 256, 64, 8, 3, GATE=2, HAS_LIMIT=True), "stride_wh": 2880, "stride_wg": 1},
+        8,
+    ),
     "quant": ("quant", QUANT, quant(), 4),
     "quant by division": ("quant", QUANT, quant(DIVIDE=True, POWER_OF_TWO=True), 4),
     "quant of silu_mul": ("quant", QUANT, quant(GATED=True, HAS_OFFSETS=True, ROUND_SILU=True), 4),
@@ -148,6 +156,18 @@ KERNELS = {  # module, kernel, types, constants, warps
     "grouped_mm_fp8 of one row": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(1, 16, 1, 3), 2),
     "grouped_mm_fp8 of few rows": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(16, 64, 1, 4), 4),
     "grouped_mm_fp8 of many rows": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(128, 128, 8, 4), 8),
+    "grouped_mm_fp8 with a gate": (
+        "grouped_mm_fp8",
+        GEMM_FP8,
+        blocks_fp8(1, 16, 1, 3, GATE=1, HAS_LIMIT=True),
+        4,
+    ),
+    "grouped_mm_fp8 with a gate, quantised": (
+        "grouped_mm_fp8",
+        {**GEMM_FP8, "y_ptr": "*fp8e4nv"},
+        blocks_fp8(64, 256, 8, 3, GATE=1, QUANT=True, ROUND_PRODUCT=True),
+        8,
+    ),
     "linear_fp8": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(64, 128, 4, 4, DENSE=True), 4),
     "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),
     "all_reduce_add_rms_norm of eight": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(8), 8),

@@ -1,0 +1,76 @@
+"""What kernels with a gate share: silu(gate) * up, rounded where a model rounds."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kept_bits(y, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y to so many bits behind the leading one, to nearest even.
+
+    Only for Triton's interpreter, whose casts to bfloat16 and float8 do not round like a GPU's.
+    """
+    bits = y.to(tl.int32, bitcast=True)
+    bits += (1 << (22 - BITS)) - 1 + ((bits >> (23 - BITS)) & 1)
+    bits &= -(1 << (23 - BITS))
+    return tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
+
+
+@triton.jit
+def rounded(y, dtype, ROUND: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y in float32, rounded to the dtype where the model rounds."""
+    if ROUND:
+        if INTERPRETED and dtype == tl.bfloat16:
+            y = kept_bits(y, 7)
+        y = y.to(dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _inverse(y, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 / y to one unit in the last place; 0 where that is below the normal numbers."""
+    if INTERPRETED:
+        return 1.0 / y
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _exp2(y, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """2 ** y to two units in the last place; 0 where that is below the normal numbers."""
+    if INTERPRETED:
+        return tl.exp2(y)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def gated(  # type: ignore[no-untyped-def]
+    gate,
+    up,
+    alpha,
+    limit,
+    up_shift,
+    dtype,
+    HAS_LIMIT: tl.constexpr,
+    ROUND_TERMS: tl.constexpr,
+    ROUND_SIGMOID: tl.constexpr,
+    ROUND_SILU: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    if HAS_LIMIT:  # by comparisons, which leave NaN as it is
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    if ROUND_TERMS:
+        power = rounded(alpha * gate, dtype, True, INTERPRETED) * -1.4426950408889634
+        up = rounded(up + up_shift, dtype, True, INTERPRETED)
+    else:
+        power = gate * (alpha * -1.4426950408889634)
+        up += up_shift
+    below = 1.0 + _exp2(power, INTERPRETED)
+    # Without the scaling of a full division: where it would matter, silu is below 1e-35.
+    silu = gate * rounded(_inverse(below, INTERPRETED), dtype, ROUND_SIGMOID, INTERPRETED)
+    return rounded(silu, dtype, ROUND_SILU, INTERPRETED) * up

@@ -72,13 +72,13 @@ def measure(R: int, F: int, sweep: bool) -> list[dict[str, Any]]:
 def sweep_blocks(xs: list[Tensor], row: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     kept = _quant_kernel.choose_block
-    shapes = [(1, 1, 1), (1, 2, 1), (1, 2, 2), (1, 4, 1), (1, 4, 2), (1, 8, 2), (1, 8, 4)]
-    shapes += [(2, 4, 2), (2, 8, 4), (2, 8, 8), (4, 2, 2), (4, 4, 4), (4, 8, 8), (1, 16, 4)]
-    shapes += [(4, 2, 4), (4, 4, 2), (8, 2, 4), (8, 2, 8), (1, 16, 8), (1, 1, 4), (1, 2, 4)]
+    shapes = [(1, 128, 1), (1, 256, 1), (1, 256, 2), (1, 512, 2), (1, 1024, 2), (1, 1024, 4)]
+    shapes += [(2, 512, 2), (2, 1024, 4), (2, 1024, 8), (4, 256, 2), (4, 256, 4), (4, 512, 4)]
+    shapes += [(4, 1024, 8), (8, 256, 4), (8, 256, 8), (1, 2048, 4)]
     for block in shapes:
         _quant_kernel.choose_block = lambda *_, block=block: block
         us = microseconds([functools.partial(silu_mul_quant_triton, x) for x in xs], 9)
-        found.append({**row, "rows, groups, warps": block, "us": round(us, 2)})
+        found.append({**row, "rows, columns, warps": block, "us": round(us, 2)})
     _quant_kernel.choose_block = kept
     return sorted(found, key=lambda r: r["us"])[:5]
 

@@ -1,8 +1,8 @@
 """Which blocks `grouped_mm` and `grouped_mm_fp8` should take: python benchmarks/sweep_grouped_mm.py
 
 For each layer, product and number of tokens, the candidates from fastest to slowest; the product of
-gate and up also with silu_mul at its end (and quantised, in float8), beside the two kernels that it
-replaces. The choice is written into `choose_blocks` by hand, with the numbers.
+gate and up also with silu_mul at its end, beside the time of the activation alone. The choice is
+written into `choose_blocks` by hand, with the numbers.
 """
 
 import argparse
@@ -16,11 +16,8 @@ from bench_layer_fp8 import weights_fp8
 from bench_ops import LAYERS, Layer, microseconds, roofs, routings, weights
 from torch import Tensor
 
-from moe_compile.ops import _grouped_mm_fp8_kernel, moe
-from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
-from moe_compile.ops._grouped_mm_kernel import Blocks
-from moe_compile.ops.grouped_mm import grouped_mm_triton
-from moe_compile.ops.grouped_mm_silu_mul import grouped_mm_silu_mul_triton
+from moe_compile.ops import _grouped_mm_fp8_kernel, _grouped_mm_kernel, moe
+from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
 
 DTYPES = ["bfloat16", "float32", "float8_e4m3fn"]
 
@@ -74,12 +71,10 @@ FP8 = {  # by the rows of an expert, up to
         *(Blocks(32, n, 0, 4, w, s) for n, w, s in [(64, 4, 4), (128, 4, 4), (128, 8, 4)]),
         *(Blocks(64, n, 0, 4, w, s) for n, w, s in [(64, 4, 4), (128, 4, 4), (128, 8, 4)]),
         *(Blocks(128, n, 0, g, 8, s) for n, g, s in [(64, 4, 4), (128, 4, 3), (128, 4, 4)]),
-        Blocks(64, 256, 0, 4, 8, 3),
     ],
     2**31: [
         *(Blocks(128, 128, 0, g, 8, s) for g in (4, 8, 16) for s in (3, 4, 5)),
         *(Blocks(64, 128, 0, g, 4, 4) for g in (8, 16)),
-        *(Blocks(64, 256, 0, g, 8, s) for g in (8, 16) for s in (3, 4)),
     ],
 }
 MANY = [
@@ -98,19 +93,17 @@ def candidates(layer: Layer, T: int, dtype: torch.dtype) -> list[Blocks]:
     return SOME if rows_per_expert <= 128 else MANY
 
 
-def products(x: Any, w: Any, ending: str, blocks: Blocks, *routing: Any) -> Tensor:
+def product(x: Any, w: Any, gate: Gate | None, blocks: Blocks, *routing: Any) -> Tensor:
     """One product, by the kernel that takes such a dtype."""
-    if not isinstance(x, tuple):
-        return (grouped_mm_silu_mul_triton if ending else grouped_mm_triton)(
-            x, w, *routing, blocks=blocks
-        )
-    offsets, rows, k = routing
-    R, G = (x[0] if rows is None else rows).shape[0], w[0].shape[2] // (2 if ending else 1)
-    quant = ending == "silu_mul_quant"
-    y = x[0].new_empty(R, G, dtype=x[0].dtype if quant else torch.bfloat16)
-    scale = x[1].new_empty(R, G // 128) if quant else None
-    end = _grouped_mm_fp8_kernel.Ending() if ending else None
-    launch_fp8(*x, *w, y, offsets, rows, k, None, end, scale, blocks)
+    fp8 = isinstance(x, tuple)
+    values, weight = (x[0], w[0]) if fp8 else (x, w)
+    rows = routing[1]
+    R, G = (values if rows is None else rows).shape[0], weight.shape[2] // (2 if gate else 1)
+    y = values.new_empty(R, G, dtype=torch.bfloat16 if fp8 else values.dtype)
+    if fp8:
+        _grouped_mm_fp8_kernel.launch(*x, *w, y, *routing, None, gate, blocks)
+    else:
+        _grouped_mm_kernel.launch(x, w, y, *routing, None, gate, blocks)
     return y
 
 
@@ -124,17 +117,11 @@ def compile_one(job: tuple[int, bool, Blocks, torch.dtype]) -> None:
         x, w = (x, x.new_ones(64, 16, dtype=torch.float32)), (w, torch.ones(E, 4, 16).cuda().mT)
     offsets = torch.full((E,), 64, device="cuda", dtype=torch.int32)
     rows = torch.arange(64, device="cuda", dtype=torch.int32)
-    for k, ending in (8, ""), (1, ""), *((8, ending) for ending in endings(dtype, blocks)):
+    for k, gate in (8, None), (1, None), (8, Gate(interleaved=not h_contiguous)):
         try:
-            products(x, w, ending, blocks, offsets, rows if k > 1 else None, k)
+            product(x, w, gate, blocks, offsets, rows if k > 1 else None, k)
         except Exception as error:
             print(blocks, type(error).__name__)
-
-
-def endings(dtype: torch.dtype, blocks: Blocks) -> list[str]:
-    if dtype != torch.float8_e4m3fn or blocks.n != 256:
-        return ["silu_mul"]
-    return ["silu_mul_quant"]
 
 
 def main() -> None:
@@ -181,36 +168,25 @@ def sweep(model: str, layer: Layer, tokens: list[int], dtype: torch.dtype) -> No
         for name, inputs, w, k in ("up", x, w1, layer.K), ("down", a, w2, 0):
             results = []
             for blocks in candidates(layer, T, dtype):
-                for ending in ["", *endings(dtype, blocks)] if k else [""]:
-                    if fp8 and blocks.n > 128 and not ending:
-                        continue
+                for gate in (None, Gate(interleaved=not layer.h_contiguous)) if k else (None,):
+                    call = functools.partial(product, inputs, w, gate, blocks)
                     calls = [
-                        functools.partial(
-                            products,
-                            inputs,
-                            w,
-                            ending,
-                            blocks,
-                            offsets,
-                            rows if k else None,
-                            k or 1,
-                        )
+                        functools.partial(call, offsets, rows if k else None, k or 1)
                         for rows, offsets, _ in sorts
                     ]
                     try:
                         us = microseconds(calls, 7 if T <= 64 else 3)
-                        results.append((us, ending, blocks))
+                        results.append((us, gate is not None, blocks))
                     except Exception as error:
                         print(blocks, type(error).__name__)
-            read, product = roofs()
+            read, rate = roofs()
             one = (w[0] if fp8 else w)[0]
-            R, rate = T * layer.K, product * (2 if fp8 else 1)
+            R, rate = T * layer.K, rate * (2 if fp8 else 1)
             floor = max(touched * one.nbytes / read, 2 * R * one.numel() / rate)
             print(f"{model} {name} T={T} floor {floor:.1f} us, activation alone {act_us:.2f} us")
-            for which in "", "silu_mul", "silu_mul_quant":
-                for us, ending, blocks in sorted(r for r in results if r[1] == which)[:5]:
-                    share = 100 * floor / us
-                    print(f"    {us:9.2f} us {share:5.1f} %  {tuple(blocks)} {ending}", flush=True)
+            for us, gated, blocks in sorted(results, key=lambda r: (r[1], r[0])):
+                ending = "silu_mul" if gated else ""
+                print(f"    {us:9.2f} us {100 * floor / us:5.1f} %  {tuple(blocks)} {ending}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from moe_compile.ops import experts as _experts  # noqa: F401
 from moe_compile.ops import gelu_mul as _gelu_mul  # noqa: F401
 from moe_compile.ops import grouped_mm as _grouped_mm  # noqa: F401
 from moe_compile.ops import grouped_mm_fp8 as _grouped_mm_fp8  # noqa: F401
+from moe_compile.ops import grouped_mm_fp8_silu_mul as _grouped_mm_fp8_silu_mul  # noqa: F401
 from moe_compile.ops import grouped_mm_silu_mul as _grouped_mm_silu_mul  # noqa: F401
 from moe_compile.ops import linear_fp8 as _linear_fp8  # noqa: F401
 from moe_compile.ops import mark_placement as _mark_placement  # noqa: F401

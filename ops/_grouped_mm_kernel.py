@@ -65,7 +65,7 @@ def choose_blocks(R: int, E: int, dtype: torch.dtype, h_contiguous: bool) -> Blo
 
 
 @triton.jit
-def _find_tile(  # type: ignore[no-untyped-def]
+def find_tile(  # type: ignore[no-untyped-def]
     offsets_ptr, tile, R, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     """The expert of a tile, its first row, and where the expert's rows end.
@@ -210,7 +210,7 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     column = (place // size) * BLOCK_N
     cols = columns_of_w(column, G, GATE, BLOCK_N)
 
-    expert, first_row, end = _find_tile(offsets_ptr, tile, R, E, BLOCK_M, BLOCK_E)
+    expert, first_row, end = find_tile(offsets_ptr, tile, R, E, BLOCK_M, BLOCK_E)
     rows = first_row + tl.arange(0, BLOCK_M)
     if first_row >= end:
         return
@@ -280,12 +280,13 @@ def gated_pairs(  # type: ignore[no-untyped-def]
 
 
 class Gate(NamedTuple):
-    """silu_mul's attributes, for a product that ends with it."""
+    """The attributes of silu_mul, for a product that ends with it."""
 
     interleaved: bool = False
     alpha: float = 1.0
     limit: float | None = None
     up_shift: float = 0.0
+    round_silu: bool = False
 
 
 def launch(

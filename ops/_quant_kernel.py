@@ -189,9 +189,9 @@ def launch(
     if up is None:  # the second half, which the kernel reads only if that is what x holds
         up = x_RX[:, F:] if gated else x_RX
     up = up if up.stride(1) == 1 else up.contiguous()
-    rows, groups, warps = choose_block(R, F, group)
+    rows, columns, warps = choose_block(R, F)
     limit, weights = activation.get("limit"), activation.get("weights")
-    quant_kernel[(triton.cdiv(R, rows) * triton.cdiv(F, groups * group),)](
+    quant_kernel[(triton.cdiv(R, rows) * triton.cdiv(F, columns),)](
         x_RX,
         up,
         weights if weights is None else weights.contiguous(),
@@ -225,19 +225,20 @@ def launch(
         F=F,
         GROUP=group,
         BLOCK_R=rows,
-        GROUPS=groups,
+        GROUPS=columns // group,
         num_warps=warps,
     )
 
 
-def choose_block(R: int, F: int, group: int) -> tuple[int, int, int]:
-    """Rows and groups of one program, and its warps.
+def choose_block(R: int, F: int) -> tuple[int, int, int]:
+    """Rows and columns of one program, and its warps.
 
-    One H200, torch 2.11, Triton 3.6, 2026-11-22, by `bench_activation_quant.py --sweep`, with a
-    division for each value, which the kernel no longer has: microseconds of the best and of others.
+    One H200, torch 2.11, Triton 3.6, 2026-11-22, by `bench_activation_quant.py --sweep`:
+    microseconds of the best and of others, and of a kernel that moves as many bytes.
     """
-    if R * F < 2**20:  # 8 rows of 2048: 2.05; 64 rows of 768: 2.24, with 8 groups 2.9
-        return 1, 256 // group, 2
-    if F % 1024 == 0:  # 65,536 rows of 2048: 234, with 4 rows of 4 groups 240
-        return 1, 1024 // group, 2
-    return 4, 256 // group, 2  # 65,536 rows of 768: 95.7, with 1 row 125
+    if R * F < 2**14:
+        return 1, 128, 1  # 8 rows of 768: 1.21, with 4 rows of 256 1.41; bytes alone 1.31
+    if R * F >= 2**20 and F % 1024 == 0:
+        return 1, 1024, 4  # 65,536 rows of 2048: 155.8, of 14336: 1068; bytes alone 156.9, 1132
+    # 8 rows of 2048: 1.43, 512: 3.4, 65,536: 155.9; 65,536 of 768: 60.6, with 1 row of 1024 61.0.
+    return 4, 256, 4

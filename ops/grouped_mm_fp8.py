@@ -86,18 +86,19 @@ def check_fp8(
     check(w_scale.shape == blocks, op, f"w_scale {list(blocks)}", w_scale.shape)
 
 
-def _fake(
+def check_grouped_mm_fp8(
+    op: str,
     x_NH: Tensor,
     x_scale_NK: Tensor,
     w_EHG: Tensor,
     w_scale_EKL: Tensor,
     offsets_E: Tensor,
-    rows_R: Tensor | None = None,
-    top_k: int = 1,
-    bias_EG: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    op = "grouped_mm_fp8"
+    rows_R: Tensor | None,
+    top_k: int,
+    bias_EG: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """What `grouped_mm_fp8` and `grouped_mm_fp8_silu_mul` ask for alike."""
     check_dims(op, "w", w_EHG, "[E, H, G]")
     check_dims(op, "offsets", offsets_E, "[E]")
     check_fp8(op, x_NH, x_scale_NK, w_EHG, w_scale_EKL, dtype)
@@ -115,8 +116,23 @@ def _fake(
     if rows_R is not None:
         check_dims(op, "rows", rows_R, "[R]")
         check_int32(op, "rows", rows_R)
+
+
+def _fake(
+    x_NH: Tensor,
+    x_scale_NK: Tensor,
+    w_EHG: Tensor,
+    w_scale_EKL: Tensor,
+    offsets_E: Tensor,
+    rows_R: Tensor | None = None,
+    top_k: int = 1,
+    bias_EG: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    weights = (w_EHG, w_scale_EKL, offsets_E, rows_R, top_k, bias_EG)
+    check_grouped_mm_fp8("grouped_mm_fp8", x_NH, x_scale_NK, *weights, dtype)
     R = x_NH.shape[0] if rows_R is None else rows_R.shape[0]
-    return x_NH.new_empty(R, G, dtype=dtype)
+    return x_NH.new_empty(R, w_EHG.shape[2], dtype=dtype)
 
 
 def grouped_mm_fp8_triton(

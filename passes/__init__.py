@@ -14,6 +14,7 @@ from moe_compile.passes.find_experts import find_experts
 from moe_compile.passes.find_routing import find_routing
 from moe_compile.passes.fuse_activation_quant import fuse_activation_quant
 from moe_compile.passes.fuse_all_reduce import fuse_all_reduce
+from moe_compile.passes.fuse_epilogue import fuse_epilogue
 from moe_compile.passes.hoist_constants import hoist_constants
 from moe_compile.passes.lint_collectives import lint_collectives
 
@@ -28,6 +29,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_all_reduce,
     hoist_constants,
     choose_kernels,
+    fuse_epilogue,
     choose_linear,
     choose_attention,
 )

@@ -4,9 +4,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def graph_on_gpu(fn: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
+    """The graph of `fn` on a GPU, for passes that do nothing elsewhere; no GPU is needed."""
+    with FakeTensorMode():
+        like = {"device": "cuda"}
+        fakes = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, **like) for a in args]
+
+    def outputs(*inputs: Tensor) -> list[Tensor]:
+        out = fn(*inputs)
+        return list(out) if isinstance(out, tuple) else [out]
+
+    with torch.no_grad():
+        return make_fx(outputs)(*fakes)
 
 
 def assert_close(

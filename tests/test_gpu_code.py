@@ -55,8 +55,7 @@ GEMM_FP8 = {
     **{"offsets_ptr": "*i32", "rows_ptr": "*i32", "bias_ptr": "*bf16", "y_ptr": "*bf16"},
     **{name: "i32" for name in ("R", "E", "H", "G", "top_k", "num_tiles", "stride_xn")},
     **{f"stride_{name}": "i32" for name in ("xsn", "xsg", "we", "wg", "wse", "wsk", "wsg")},
-    **{name: "fp32" for name in ("alpha", "limit", "up_shift", "amax_floor")},
-    "ys_ptr": "*fp32",
+    **{name: "fp32" for name in ("alpha", "limit", "up_shift")},
 }
 ALL_REDUCE = {
     **{"x_ptr": "*i32", "residual_ptr": "*bf16", "weight_ptr": "*bf16", "sum_ptr": "*bf16"},
@@ -80,8 +79,8 @@ def blocks_fp8(m, n, group, stages, **constants):
     """The constants of `grouped_mm_fp8_kernel`."""
     shape = {"BLOCK_M": m, "BLOCK_N": n, "GROUP": group, "STAGES": stages, "GROUP_K": 128}
     flags = {"DENSE": False, "HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
-    ending = ("GATE", "QUANT", "HAS_LIMIT", "ROUND_SILU", "ROUND_PRODUCT", "POWER_OF_TWO")
-    return {**shape, **flags, **dict.fromkeys(ending, 0), "BLOCK_E": 128, **constants}
+    flags |= {"GATE": 0, "HAS_LIMIT": False, "ROUND_SILU": False}
+    return {**shape, **flags, "BLOCK_E": 128, **constants}
 
 
 def exchange(ranks, **constants):
@@ -161,12 +160,6 @@ KERNELS = {  # module, kernel, types, constants, warps
         GEMM_FP8,
         blocks_fp8(1, 16, 1, 3, GATE=1, HAS_LIMIT=True),
         4,
-    ),
-    "grouped_mm_fp8 with a gate, quantised": (
-        "grouped_mm_fp8",
-        {**GEMM_FP8, "y_ptr": "*fp8e4nv"},
-        blocks_fp8(64, 256, 8, 3, GATE=1, QUANT=True, ROUND_PRODUCT=True),
-        8,
     ),
     "linear_fp8": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(64, 128, 4, 4, DENSE=True), 4),
     "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),

@@ -158,6 +158,31 @@ def test_generates_as_unfused(name, device):
     assert generate(model, device) == eager
 
 
+@pytest.mark.gpu
+def test_cuda_graphs_with_and_without_fusion(name, device):
+    """One CUDA graph a step, no skip; tokens as those of the graph that is not fused."""
+    found = []
+    layers = {"fuse_activation_quant": EXPERT_LAYERS[name]}
+    for options in ({"require": layers}, {"disable": ["fuse_activation_quant"]}):
+        torch._dynamo.reset()
+        model = moe_compile.quantize(build(name).to(device))
+        moe_compile.prepare(model, fullgraph=True, options=options)
+        with torch._inductor.config.patch({"triton.cudagraph_or_error": True}):
+            found.append(generate(model, device, new=32))
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+def test_from_pretrained(name, tmp_path, device):
+    """As any float8 checkpoint of transformers, onto the GPU."""
+    model = moe_compile.quantize(build(name))
+    model.save_pretrained(tmp_path)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device)
+    for m in (model, other):
+        m.set_experts_implementation("moe_compile")
+    assert torch.equal(logits(model.to(device), device), logits(other, device))
+
+
 def test_saved_and_loaded(name, tmp_path, device):
     """As docs/fp8.md says: into a model that is built and quantised."""
     model = moe_compile.quantize(build(name))

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from moe_compile.ops import moe
 from moe_compile.ops._grouped_mm_fp8_kernel import dequantize
+from moe_compile.passes.fuse_epilogue import LEAST_ROWS_FP8
 
 FP8 = torch.float8_e4m3fn
+LOCAL = {"deepseek_v3": 32}  # experts of one GPU of eight
 Weight = tuple[Tensor, Tensor]
 
 
@@ -43,15 +45,19 @@ def stages(layer: Layer, E: int, w: tuple[Weight, Weight], x: Tensor, logits: Te
     scores, ids = route()
     rows, offsets, position = moe.sort_tokens(ids, E)
     q, scale = moe.quant_fp8(x)
-    h = moe.grouped_mm_fp8(q, scale, *w[0], offsets, rows, layer.K)
-    a, a_scale = moe.silu_mul_quant(h, offsets=offsets)
+    # As passes/fuse_epilogue.py does it.
+    fused = rows.numel() >= LEAST_ROWS_FP8
+    gemm = moe.grouped_mm_fp8_silu_mul if fused else moe.grouped_mm_fp8
+    activate = moe.quant_fp8 if fused else moe.silu_mul_quant
+    h = gemm(q, scale, *w[0], offsets, rows, layer.K)
+    a, a_scale = activate(h, offsets=offsets)
     y = moe.grouped_mm_fp8(a, a_scale, *w[1], offsets)
 
     def whole() -> Tensor:
         rows, offsets, position = moe.sort_tokens(ids, E)
         q, scale = moe.quant_fp8(x)
-        h = moe.grouped_mm_fp8(q, scale, *w[0], offsets, rows, layer.K)
-        a, a_scale = moe.silu_mul_quant(h, offsets=offsets)
+        h = gemm(q, scale, *w[0], offsets, rows, layer.K)
+        a, a_scale = activate(h, offsets=offsets)
         return moe.combine(moe.grouped_mm_fp8(a, a_scale, *w[1], offsets), position, scores)
 
     touched, R = ids.unique().numel(), rows.numel()
@@ -59,8 +65,8 @@ def stages(layer: Layer, E: int, w: tuple[Weight, Weight], x: Tensor, logits: Te
     calls = {
         "sort_tokens": lambda: moe.sort_tokens(ids, E),
         "quant_fp8": lambda: moe.quant_fp8(x),
-        "gate_up": lambda: moe.grouped_mm_fp8(q, scale, *w[0], offsets, rows, layer.K),
-        "silu_mul_quant": lambda: moe.silu_mul_quant(h, offsets=offsets),
+        "gate_up": lambda: gemm(q, scale, *w[0], offsets, rows, layer.K),
+        "silu_mul_quant": lambda: activate(h, offsets=offsets),
         "down": lambda: moe.grouped_mm_fp8(a, a_scale, *w[1], offsets),
         "combine": lambda: moe.combine(y, position, scores),
         "layer": whole,
@@ -86,7 +92,7 @@ def layer_error(w: tuple[Weight, Weight], x: Tensor, got: Tensor, routing: Any, 
 
 def bench(model: str, tokens: list[int]) -> list[dict[str, Any]]:
     layer, found = LAYERS[model], []
-    E = min(layer.E, 128)  # DeepSeek-V3's 256 are 11 GB: half of them do
+    E = LOCAL.get(model, layer.E)
     w = weights_fp8(layer, E)
     for T in tokens:
         count = 16 if T <= 64 else 3

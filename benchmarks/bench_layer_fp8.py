@@ -34,7 +34,7 @@ def weights_fp8(layer: Layer, E: int) -> tuple[Weight, Weight]:
     for G, H in ((2 * layer.F, layer.H), (layer.H, layer.F)):
         w = torch.empty(E, G, H, device="cuda", dtype=FP8)
         for one in w:
-            one.copy_(torch.randn(G, H, device="cuda") * 100)
+            one.copy_((torch.randn(G, H, device="cuda") * 100).clamp(-448, 448))
         scale = torch.rand(E, -(-G // 128), -(-H // 128), device="cuda") * 4e-4
         made.append((w.mT, scale.mT))
     return made[0], made[1]

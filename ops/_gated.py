@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950216293335)  # as float32 holds it
+LOG2_E_REST = tl.constexpr(1.9259629911266175e-08)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def kept_bits(y, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -64,13 +68,14 @@ def gated(  # type: ignore[no-untyped-def]
     if HAS_LIMIT:  # by comparisons, which leave NaN as it is
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    if ROUND_TERMS:
-        power = rounded(alpha * gate, dtype, True, INTERPRETED) * -1.4426950408889634
-        up = rounded(up + up_shift, dtype, True, INTERPRETED)
-    else:
-        power = gate * (alpha * -1.4426950408889634)
-        up += up_shift
-    below = 1.0 + _exp2(power, INTERPRETED)
+    minus = rounded(-alpha * gate, dtype, ROUND_TERMS, INTERPRETED)
+    up = rounded(up + up_shift, dtype, ROUND_TERMS, INTERPRETED)
+    power = minus * LOG2_E
+    exp = _exp2(power, INTERPRETED)
+    if dtype == tl.float32:  # the product's rounding would be seen: a unit for each unit of gate
+        rest = tl.fma(minus, tl.full(power.shape, LOG2_E, tl.float32), -power)
+        exp += tl.where(tl.abs(power) < 126.0, exp * (rest + minus * LOG2_E_REST) * LN_2, 0.0)
+    below = 1.0 + exp
     # Without the scaling of a full division: where it would matter, silu is below 1e-35.
     silu = gate * rounded(_inverse(below, INTERPRETED), dtype, ROUND_SIGMOID, INTERPRETED)
     return rounded(silu, dtype, ROUND_SILU, INTERPRETED) * up

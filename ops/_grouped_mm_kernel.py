@@ -186,6 +186,7 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     alpha,
     limit,
     up_shift,
+    DIRECT: tl.constexpr,
     GATE: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -210,7 +211,12 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     column = (place // size) * BLOCK_N
     cols = columns_of_w(column, G, GATE, BLOCK_N)
 
-    expert, first_row, end = find_tile(offsets_ptr, tile, R, E, BLOCK_M, BLOCK_E)
+    if DIRECT:  # each row is a tile, and offsets are the rows' experts themselves
+        expert, first_row, end = tl.load(offsets_ptr + tile).to(tl.int32), tile, tile + 1
+        if (expert < 0) | (expert >= E):
+            return
+    else:
+        expert, first_row, end = find_tile(offsets_ptr, tile, R, E, BLOCK_M, BLOCK_E)
     rows = first_row + tl.arange(0, BLOCK_M)
     if first_row >= end:
         return
@@ -225,7 +231,9 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
         return
 
     source = rows
-    if HAS_ROWS:
+    if DIRECT:
+        source = rows // top_k
+    elif HAS_ROWS:
         source = tl.load(rows_ptr + rows, mask=rows < end, other=0) // top_k
     k = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + expert.to(tl.int64) * stride_we
@@ -299,8 +307,13 @@ def launch(
     bias_EG: Tensor | None,
     gate: Gate | None = None,
     blocks: Blocks | None = None,
+    direct: bool = False,
 ) -> None:
-    """Fill y: one program for BLOCK_M rows of one expert and BLOCK_N columns of w."""
+    """Fill y: one program for BLOCK_M rows of one expert and BLOCK_N columns of w.
+
+    direct: offsets are the rows' experts, row r is that of x[r // top_k], blocks have one row; rows
+        of no expert are not written.
+    """
     R, (E, H, G) = y_RG.shape[0], w_EHG.shape
     if y_RG.numel() == 0:
         return
@@ -328,6 +341,7 @@ def launch(
         1.0 if gate is None else float(gate.alpha),
         0.0 if limit is None else float(limit),
         0.0 if gate is None else float(gate.up_shift),
+        DIRECT=direct,
         GATE=0 if gate is None else 2 if gate.interleaved else 1,
         HAS_LIMIT=limit is not None,
         HAS_ROWS=rows_R is not None,

@@ -1,13 +1,15 @@
 """All stages of the experts of a layer in one op, for a few tokens at a time.
 
 `find_experts` gives each stage its op, so that passes can reason about them; `choose_kernels` puts
-them together again where launching each costs more than what it does.
+them together again where launching each costs more than what it does. On a GPU the op takes two
+kernels where hardly two tokens share an expert (`_experts_kernel.py`), and its stages' otherwise.
 
 Shapes: x [T, H], ids [T, K], weights [T, K], w_up [E, H, 2F], w_down [E, F, O], bias_up [E, 2F],
     bias_down [E, O] -> [T, O]. Any id outside [0, E) is no expert and adds exactly 0. T may be 0.
 Dtypes: x, w_up, w_down and biases in one of float32, float16, bfloat16; weights in any of these;
-    ids int32 or int64. GEMMs accumulate in float32 and round once, as their stages do; the
-    activation and the sum over K are float32, rounded once. Returned in `dtype`, or in x's.
+    ids int32 or int64. GEMMs accumulate in float32 and round once, as their stages do, or not at
+    all before the sum over K; the activation and that sum are float32, rounded once. Returned in
+    `dtype`, or in x's.
 Errors: ValueError for other ranks, dtypes or devices and for sizes that do not fit.
 
 Letters: T tokens, K experts per token, E experts, H features in, F expert features, G = 2 * F,
@@ -27,11 +29,18 @@ from moe_compile.ops._check import (
     check_same_device,
 )
 from moe_compile.ops._cpu import experts_cpu
+from moe_compile.ops._experts_kernel import are_few, launch_few
+from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops._library import define
-from moe_compile.ops.combine import combine, combine_reference
-from moe_compile.ops.grouped_mm import grouped_mm, grouped_mm_reference
-from moe_compile.ops.silu_mul import silu_mul, silu_mul_reference
-from moe_compile.ops.sort_tokens import sort_tokens, sort_tokens_reference
+from moe_compile.ops.combine import combine, combine_reference, combine_triton
+from moe_compile.ops.grouped_mm import grouped_mm, grouped_mm_reference, grouped_mm_triton
+from moe_compile.ops.grouped_mm_silu_mul import grouped_mm_silu_mul_triton
+from moe_compile.ops.silu_mul import silu_mul, silu_mul_reference, silu_mul_triton
+from moe_compile.ops.sort_tokens import (
+    sort_tokens,
+    sort_tokens_reference,
+    sort_tokens_triton,
+)
 
 STAGES = (sort_tokens, grouped_mm, silu_mul, combine)
 REFERENCES = (sort_tokens_reference, grouped_mm_reference, silu_mul_reference, combine_reference)
@@ -124,9 +133,37 @@ def _cpu(*args: Any) -> Tensor:
     return out_TO if experts_cpu(out_TO, *args) else _by_stages(STAGES, *args)
 
 
-def _cuda(*args: Any) -> Tensor:
-    _fake(*args)
-    return _by_stages(STAGES, *args)
+def experts_triton(
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    w_up_EHG: Tensor,
+    w_down_EFO: Tensor,
+    bias_up_EG: Tensor | None = None,
+    bias_down_EO: Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Launch two kernels for few tokens, or one for each stage."""
+    experts = (w_up_EHG, w_down_EFO)
+    biases = (bias_up_EG, bias_down_EO)
+    out_TO = _fake(x_TH, ids_TK, weights_TK, *experts, *biases, dtype=dtype)
+    if are_few(ids_TK.numel(), *experts):
+        gate = Gate(interleaved, alpha, limit, up_shift)
+        launch_few(x_TH, ids_TK, weights_TK, *experts, out_TO, *biases, gate)
+        return out_TO
+    rows_R, offsets_E, position_TK = sort_tokens_triton(ids_TK, w_up_EHG.shape[0])
+    up = (x_TH, w_up_EHG, offsets_E, rows_R, ids_TK.shape[1], bias_up_EG)
+    activation = (interleaved, alpha, limit, up_shift)
+    if interleaved or w_up_EHG.stride(1) == 1:
+        h_RF = grouped_mm_silu_mul_triton(*up, *activation)
+    else:
+        h_RF = silu_mul_triton(grouped_mm_triton(*up), *activation)
+    y_RO = grouped_mm_triton(h_RF, w_down_EFO, offsets_E, None, 1, bias_down_EO)
+    return combine_triton(y_RO, position_TK, weights_TK, dtype)
 
 
 experts = define(
@@ -134,7 +171,7 @@ experts = define(
     " Tensor? bias_up=None, Tensor? bias_down=None, bool interleaved=False, float alpha=1.0,"
     " float? limit=None, float up_shift=0.0, ScalarType? dtype=None) -> Tensor",
     cpu=_cpu,
-    cuda=_cuda,
+    cuda=experts_triton,
     fake=_fake,
     cpp=True,
 )

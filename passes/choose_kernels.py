@@ -5,6 +5,7 @@ from typing import Any
 from torch import fx
 
 from moe_compile.ops import moe
+from moe_compile.ops._experts_kernel import are_few
 from moe_compile.passes._graph import arg, call, is_call, val
 from moe_compile.passes._outcome import Outcome, exactness
 
@@ -16,7 +17,7 @@ MOST_TOKENS = 48
 
 @exactness("reassociating")
 def choose_kernels(graph: fx.Graph) -> Outcome:
-    """On a CPU, put the stages of experts together again where few tokens come.
+    """Put the stages of experts together again where few tokens come, or an unknown number.
 
     Before:
         arg0_1: i64[3, 2]
@@ -43,21 +44,27 @@ def choose_kernels(graph: fx.Graph) -> Outcome:
         experts: f32[3, 16] = moe_compile.experts(arg1_1, arg0_1, arg4_1, arg2_1, arg3_1)
         return [experts]
 
-    Left alone: other devices; a number of tokens that is not known, or above MOST_TOKENS; stages
-    whose results are read by others too; other activations than silu_mul.
-    Numerics: the stages' own, but for the activation, which is rounded once.
+    On a GPU that is where hardly two tokens share an expert, and where the number of tokens is not
+    known before the op is called: it then chooses.
+    Left alone: more tokens than that, or MOST_TOKENS on a CPU, and there a number that is not
+    known; stages whose results are read by others too; other activations than silu_mul.
+    Numerics: the stages' own, but for the activation, which is rounded once, and for the second
+    product, which is not rounded before it is summed where few tokens come to a GPU.
     """
     outcome = Outcome()
     for combine in graph.find_nodes(op="call_function", target=moe.combine.default):
         tokens = val(combine).shape[0]
-        small = isinstance(tokens, int) and tokens <= MOST_TOKENS
-        if val(combine).device.type != "cpu" or not small:
+        is_known, on_cpu = isinstance(tokens, int), val(combine).device.type == "cpu"
+        if on_cpu and not (is_known and tokens <= MOST_TOKENS):
             continue
         stages = _stages(combine)
         if isinstance(stages, str):
             outcome.decline(combine, stages)
             continue
         arguments, attributes = stages
+        ids, w_up, w_down = (val(arguments[i]) for i in (1, 3, 4))
+        if not on_cpu and is_known and not are_few(ids.numel(), w_up, w_down):
+            continue
         with graph.inserting_before(combine):
             new = call(graph, moe.experts.default, *arguments, like=combine, **attributes)
         combine.replace_all_uses_with(new)

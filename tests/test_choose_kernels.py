@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import graph_on_gpu
 
 from moe_compile.ops import moe
 from moe_compile.passes.choose_kernels import MOST_TOKENS, choose_kernels
@@ -112,3 +113,36 @@ def test_left_alone(fn, reason):
     assert outcome.rewrites == []
     assert [e.detail for e in outcome.declined] == [reason]
     assert render(gm.graph) == before
+
+
+def on_gpu(tokens, num_experts, along_h=True):
+    x, ids, weights, *_ = inputs(tokens, torch.bfloat16)
+    w1, w2 = torch.randn(num_experts, 2 * F, H).mT, torch.randn(num_experts, H, F).mT
+    w = [(w if along_h else w.contiguous()).bfloat16() for w in (w1, w2)]
+
+    def fn(x, ids, weights, w1, w2):
+        rows, offsets, position = moe.sort_tokens(ids, num_experts)
+        g = moe.grouped_mm(x, w1, offsets, rows, K)
+        y = moe.grouped_mm(moe.silu_mul(g), w2, offsets)
+        return moe.combine(y, position, weights)
+
+    return graph_on_gpu(fn, x, ids, weights, *w)
+
+
+def test_few_tokens_on_a_gpu():
+    gm = on_gpu(2, 16)
+    (outcome,) = run_passes(gm, choose_kernels)
+    assert [e.detail for e in outcome.rewrites] == ["experts: 2 tokens in one op"]
+    assert render(gm.graph).splitlines()[-2:] == [
+        "experts: bf16[2, 16] = moe_compile.experts(arg0_1, arg1_1, arg2_1, arg3_1, arg4_1)",
+        "return [experts]",
+    ]
+    assert run_passes(gm, choose_kernels)[0].rewrites == []
+
+
+def test_tokens_that_share_experts_on_a_gpu_or_other_weights():
+    for gm in (on_gpu(2, 15), on_gpu(2, 16, along_h=False)):
+        before = render(gm.graph)
+        (outcome,) = run_passes(gm, choose_kernels)
+        assert (outcome.rewrites, outcome.declined) == ([], [])
+        assert render(gm.graph) == before

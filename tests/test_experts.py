@@ -2,7 +2,9 @@ import pytest
 import torch
 from helpers import assert_close
 
-from moe_compile.ops.experts import experts, experts_reference
+from moe_compile.ops._experts_kernel import FewBlocks, are_few, launch_few
+from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
+from moe_compile.ops.experts import experts, experts_reference, experts_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # T, K, E, H, F: one token, several, all on one expert of many, ragged sizes, none
@@ -33,6 +35,50 @@ def inputs(shape, dtype, device, g_contiguous=False, biases=False):
 def test_matches_reference(shape, dtype, device):
     args = inputs(shape, dtype, device)
     assert_close(experts(*args), experts_reference, *args)
+
+
+FEW = {"Qwen3": (2, 3, 32, 80, 48), "Mixtral": (1, 2, 8, 200, 120), "no token": (0, 2, 8, 8, 8)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("shape", FEW)
+def test_two_kernels_for_few_tokens(shape, biases, dtype, device):
+    """With an id that is no expert, and the same expert twice."""
+    x, ids, *rest = inputs(FEW[shape], dtype, device, biases=biases)
+    ids[1:, 0] = -1
+    ids[1:, -1] = ids[1:, -2]
+    assert are_few(ids.numel(), rest[1], rest[2])
+    assert_close(experts_triton(x, ids, *rest), experts_reference, x, ids, *rest)
+
+
+@pytest.mark.parametrize("blocks", [FewBlocks(16, 4, 2, 1), FewBlocks(64, 1, 4, 3)], ids=str)
+def test_any_blocks_give_the_same(blocks, device):
+    x, ids, weights, *w = inputs((2, 3, 32, 40, 72), torch.float32, device)
+    out = x.new_empty(2, 40)
+    up = Blocks(1, 8, 32, 1, 2, 1)
+    gate = Gate(True, 1.702, 1.5, 1.0)
+    launch_few(x, ids, weights, *w, out, None, None, gate, up, blocks)
+    how = {"interleaved": True, "alpha": 1.702, "limit": 1.5, "up_shift": 1.0}
+    assert_close(out, experts_reference, x, ids, weights, *w, **how)
+
+
+@pytest.mark.parametrize("g_contiguous", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_stages_on_a_gpu(g_contiguous, interleaved, device):
+    args = inputs((5, 2, 4, 40, 24), torch.float32, device, g_contiguous)
+    how = {"interleaved": interleaved}
+    assert_close(experts_triton(*args, **how), experts_reference, *args, **how)
+
+
+def test_tokens_without_experts_and_rows_of_nan(device):
+    """What no kernel wrote must not reach the sum."""
+    x, ids, weights, *w = inputs((2, 3, 32, 40, 24), torch.float32, device)
+    ids[0], weights[0] = -1, float("nan")
+    x[0] = float("nan")
+    out = experts_triton(x, ids, weights, *w)
+    assert (out[0] == 0).all()
+    assert out[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

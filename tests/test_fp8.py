@@ -165,7 +165,7 @@ def test_cuda_graphs_with_and_without_fusion(name, device):
     layers = {"fuse_activation_quant": EXPERT_LAYERS[name]}
     for options in ({"require": layers}, {"disable": ["fuse_activation_quant"]}):
         torch._dynamo.reset()
-        model = moe_compile.quantize(build(name).to(device))
+        model = moe_compile.quantize(build(name, torch.float32).to(device))
         moe_compile.prepare(model, fullgraph=True, options=options)
         with torch._inductor.config.patch({"triton.cudagraph_or_error": True}):
             found.append(generate(model, device, new=32))

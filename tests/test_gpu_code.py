@@ -57,6 +57,11 @@ GEMM_FP8 = {
     **{f"stride_{name}": "i32" for name in ("xsn", "xsg", "we", "wg", "wse", "wsk", "wsg")},
     **{name: "fp32" for name in ("alpha", "limit", "up_shift")},
 }
+DOWN_COMBINE = {
+    **{"h_ptr": "*bf16", "ids_ptr": "*i64", "weights_ptr": "*fp32", "w_ptr": "*bf16"},
+    **{"bias_ptr": "*bf16", "out_ptr": "*bf16", "E": "i32", "F": "i32", "C": "i32"},
+    **{"stride_we": "i32", "stride_wo": "i32"},
+}
 ALL_REDUCE = {
     **{"x_ptr": "*i32", "residual_ptr": "*bf16", "weight_ptr": "*bf16", "sum_ptr": "*bf16"},
     **{"normed_ptr": "*bf16", "inboxes_ptr": "*i64", "exchanges_ptr": "*i32", "W": "i32"},
@@ -83,6 +88,12 @@ def blocks_fp8(m, n, group, stages, **constants):
     return {**shape, **flags, "BLOCK_E": 128, **constants}
 
 
+def down_combine(k, f, o, stages, **constants):
+    """The constants of `down_combine_kernel`."""
+    shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
+    return {**shape, "HAS_BIAS": True, "EVEN": True, **constants}
+
+
 def exchange(ranks, **constants):
     """The constants of `_all_reduce_add_rms_norm_kernel`."""
     shape = {"RANK": 1 % ranks, "RANKS": ranks, "BLOCK_W": 1024, "MOST_LOOKS": 1 << 30}
@@ -93,7 +104,7 @@ def blocks(m, n, k, group, stages, **constants):
     """The constants of `grouped_mm_kernel` with the blocks that `choose_blocks` gives."""
     shape = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": group, "STAGES": stages}
     flags = {"HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
-    flags |= {"COMPENSATE": False, "GATE": 0, "HAS_LIMIT": False}
+    flags |= {"COMPENSATE": False, "GATE": 0, "HAS_LIMIT": False, "DIRECT": False}
     return {**shape, **flags, "BLOCK_E": 128, "stride_wh": 1, **constants}
 
 
@@ -137,12 +148,20 @@ KERNELS = {  # module, kernel, types, constants, warps
     ),
     "grouped_mm_silu_mul of one row": ("grouped_mm", GEMM, blocks(1, 16, 256, 1, 3, GATE=1), 2),
     "grouped_mm_silu_mul of few rows": ("grouped_mm", GEMM, blocks(16, 64, 128, 1, 3, GATE=1), 4),
+    "grouped_mm_silu_mul of each row by itself": (
+        "grouped_mm",
+        {**GEMM, "offsets_ptr": "*i64"},
+        blocks(1, 16, 256, 1, 3, GATE=1, DIRECT=True, HAS_ROWS=False),
+        2,
+    ),
     "grouped_mm_silu_mul of gpt-oss": (
         "grouped_mm",
         GEMM,
         {**blocks(128, 256, 64, 8, 3, GATE=2, HAS_LIMIT=True), "stride_wh": 2880, "stride_wg": 1},
         8,
     ),
+    "down_combine of Qwen3": ("down_combine", DOWN_COMBINE, down_combine(8, 256, 4, 3), 4),
+    "down_combine of Mixtral": ("down_combine", DOWN_COMBINE, down_combine(2, 512, 8, 3), 4),
     "quant": ("quant", QUANT, quant(), 4),
     "quant by division": ("quant", QUANT, quant(DIVIDE=True, POWER_OF_TWO=True), 4),
     "quant of silu_mul": ("quant", QUANT, quant(GATED=True, HAS_OFFSETS=True, ROUND_SILU=True), 4),
@@ -175,8 +194,10 @@ MODULES = {
     **{"route": "_route_kernel", "grouped_mm": "_grouped_mm_kernel", "quant": "_quant_kernel"},
     "grouped_mm_fp8": "_grouped_mm_fp8_kernel",
     "all_reduce_add_rms_norm": "_all_reduce_kernel",
+    "down_combine": "_experts_kernel",
 }
-NAMES = {op: f"{op}_kernel" for op in ("route", "grouped_mm", "quant", "grouped_mm_fp8")}
+NAMED = ("route", "grouped_mm", "quant", "grouped_mm_fp8", "down_combine")
+NAMES = {op: f"{op}_kernel" for op in NAMED}
 
 
 @pytest.fixture(scope="module")

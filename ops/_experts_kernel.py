@@ -13,6 +13,9 @@ from torch import Tensor
 
 from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
 from moe_compile.ops._grouped_mm_kernel import launch as launch_grouped_mm
+from moe_compile.ops._overlap import overlap, prefetch, wait_for_previous
+
+PREFETCH = True
 
 
 class FewBlocks(NamedTuple):
@@ -60,6 +63,9 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     BLOCK_F: tl.constexpr,
     BLOCK_O: tl.constexpr,
     STAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     num_columns = tl.cdiv(C, BLOCK_O)
     token = (tl.program_id(0) // num_columns).to(tl.int64)
@@ -68,6 +74,13 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     expert = tl.load(ids_ptr + token * K + k, mask=k < K, other=-1).to(tl.int64)
     owned = (expert >= 0) & (expert < E)
     weight = tl.load(weights_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
+    # The kernel before, the first product's, lets this one start when the ids are there.
+    lines = tl.arange(0, LINES) * 64
+    early = w_ptr + expert[:, None, None] * stride_we + lines[None, :, None]
+    early += cols.to(tl.int64)[None, None, :] * stride_wo
+    inside = (lines < F)[None, :, None] & (cols < C)[None, None, :]
+    prefetch(tl.where(owned[:, None, None] & inside, early, w_ptr), PREFETCH)
+    wait_for_previous(PDL)
     f = tl.arange(0, BLOCK_F)
     h_ptrs = h_ptr + (token * K + k)[:, None, None] * F + f[None, :, None]
     w_ptrs = w_ptr + expert[:, None, None] * stride_we + f[None, :, None]
@@ -138,4 +151,7 @@ def launch_few(
         STAGES=blocks.stages,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+        LINES=triton.next_power_of_2(min(64, triton.cdiv(F, 64))),
+        PREFETCH=PREFETCH and overlap(x_TH)["PDL"],
+        **overlap(x_TH),
     )

@@ -16,6 +16,7 @@ from moe_compile.ops._grouped_mm_kernel import (
     find_tile,
     gated_pairs,
 )
+from moe_compile.ops._overlap import overlap, wait_for_previous
 
 
 def choose_blocks_fp8(R: int, E: int, G: int) -> Blocks:
@@ -163,7 +164,9 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     num_columns = tl.cdiv(G, BLOCK_N)
     group = tl.program_id(0) // (GROUP * num_columns)
     place = tl.program_id(0) % (GROUP * num_columns)
@@ -290,6 +293,7 @@ def launch(
         STAGES=blocks.stages,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+        **overlap(x_NH),
     )
 
 

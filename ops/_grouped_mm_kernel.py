@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compile.ops._gated import gated, rounded
+from moe_compile.ops._overlap import overlap, wait_for_previous
 
 
 class Blocks(NamedTuple):
@@ -200,7 +201,9 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     # GROUP neighbouring tiles go over all columns together: tiles of one expert share its weight in
     # L2, and each column block finds the rows of the group there.
     num_columns = tl.cdiv(G, BLOCK_N)
@@ -357,4 +360,5 @@ def launch(
         STAGES=blocks.stages,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+        **overlap(x_NH),
     )

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compile.ops._gated import gated, kept_bits, rounded
+from moe_compile.ops._overlap import overlap, wait_for_previous
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -114,7 +115,9 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     BLOCK_F: tl.constexpr = GROUP * GROUPS
     num_blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     rows = (tl.program_id(0) // num_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -227,6 +230,7 @@ def launch(
         BLOCK_R=rows,
         GROUPS=columns // group,
         num_warps=warps,
+        **overlap(x_RX),
     )
 
 

@@ -9,6 +9,8 @@ logits hold, K maxima give K different experts in range.
 import triton
 import triton.language as tl
 
+from moe_compile.ops._overlap import wait_for_previous
+
 
 @triton.jit
 def _keys(x, ids):  # type: ignore[no-untyped-def]
@@ -89,7 +91,9 @@ def route_kernel(  # type: ignore[no-untyped-def]
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     TAKEN = -0x8000000000000000
     token = tl.program_id(0).to(tl.int64)
     row = logits_ptr + token * stride_t

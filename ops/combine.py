@@ -26,6 +26,7 @@ from moe_compile.ops._check import (
 )
 from moe_compile.ops._cpu import combine_cpu
 from moe_compile.ops._library import define
+from moe_compile.ops._overlap import overlap, wait_for_previous
 
 
 def combine_reference(
@@ -43,8 +44,17 @@ def combine_reference(
 
 @triton.jit
 def _combine_kernel(  # type: ignore[no-untyped-def]
-    y_ptr, position_ptr, weights_ptr, out_ptr, H, stride_yr, K: tl.constexpr, BLOCK_H: tl.constexpr
+    y_ptr,
+    position_ptr,
+    weights_ptr,
+    out_ptr,
+    H,
+    stride_yr,
+    K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -77,6 +87,7 @@ def combine_triton(
         y_RH.stride(0),
         K=K,
         BLOCK_H=BLOCK_H,
+        **overlap(y_RH),
     )
     return out_TH
 

@@ -38,6 +38,7 @@ from moe_compile.ops._check import (
 )
 from moe_compile.ops._cpu import route_cpu
 from moe_compile.ops._library import define
+from moe_compile.ops._overlap import overlap
 from moe_compile.ops._route_kernel import route_kernel
 
 SCORES = ("softmax", "sigmoid", "none")
@@ -146,6 +147,7 @@ def route_triton(
         BLOCK_S=BLOCK_S,
         BLOCK_K=triton.next_power_of_2(top_k),
         num_warps=max(1, BLOCK_P * BLOCK_S // 1024),
+        **overlap(logits_TE),
     )
     return results
 

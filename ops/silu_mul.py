@@ -20,6 +20,7 @@ from torch import Tensor
 from moe_compile.ops._check import check, check_dims, check_float
 from moe_compile.ops._gated import gated
 from moe_compile.ops._library import define
+from moe_compile.ops._overlap import overlap, wait_for_previous
 
 
 def silu_mul_reference(
@@ -49,7 +50,9 @@ def _silu_mul_kernel(  # type: ignore[no-untyped-def]
     HAS_LIMIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCK_F
     cols = block + tl.arange(0, BLOCK_F)
@@ -95,6 +98,7 @@ def silu_mul_triton(
         HAS_LIMIT=limit is not None,
         INTERPRETED=not x_RG.is_cuda,
         BLOCK_F=BLOCK_F,
+        **overlap(x_RG),
     )
     return y_RF
 

@@ -91,7 +91,7 @@ def blocks_fp8(m, n, group, stages, **constants):
 def down_combine(k, f, o, stages, **constants):
     """The constants of `down_combine_kernel`."""
     shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
-    return {**shape, "HAS_BIAS": True, "EVEN": True, **constants}
+    return {**shape, "HAS_BIAS": True, "EVEN": True, "LINES": 16, "PREFETCH": True, **constants}
 
 
 def exchange(ranks, **constants):
@@ -225,6 +225,8 @@ def compile_for_sm_90(case):
     module = import_module(f"moe_compile.ops.{MODULES.get(op, op)}")
     name = case.split()[0]
     kernel = getattr(module, NAMES.get(op, f"_{name}_kernel"))
+    if "PDL" in kernel.arg_names:
+        constants = {**constants, "PDL": True}
     signature, values, aligned = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         signature[argument] = "constexpr" if argument in constants else types[argument]

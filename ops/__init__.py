@@ -11,6 +11,7 @@ import torch
 from moe_compile.ops import all_reduce_add_rms_norm as _all_reduce_add_rms_norm  # noqa: F401
 from moe_compile.ops import combine as _combine  # noqa: F401
 from moe_compile.ops import experts as _experts  # noqa: F401
+from moe_compile.ops import experts_fp8 as _experts_fp8  # noqa: F401
 from moe_compile.ops import gelu_mul as _gelu_mul  # noqa: F401
 from moe_compile.ops import grouped_mm as _grouped_mm  # noqa: F401
 from moe_compile.ops import grouped_mm_fp8 as _grouped_mm_fp8  # noqa: F401

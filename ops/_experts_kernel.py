@@ -2,18 +2,22 @@
 
 The first is `grouped_mm_silu_mul`'s, where each (token, slot) pair is a tile of one row and finds
 its expert in the ids themselves. The second is here: the second product and the sum over a token's
-experts in one, so that each program reads its columns of K weights at once.
+experts in one, so that each program reads its columns of K weights at once. In float8 it quantises
+the rows itself, groups of 128 as it comes to them.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
 from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
 from moe_compile.ops._grouped_mm_kernel import launch as launch_grouped_mm
 from moe_compile.ops._overlap import overlap, prefetch, wait_for_previous
+from moe_compile.ops._quant_kernel import quantized, to_e4m3
 
 PREFETCH = True
 
@@ -28,6 +32,8 @@ class FewBlocks(NamedTuple):
 
 
 BLOCKS_UP = Blocks(1, 16, 256, 1, 4, 3)
+BLOCKS_UP_FP8 = Blocks(16, 64, 0, 1, 4, 4)
+BLOCKS_DOWN_FP8 = FewBlocks(128, 8, 4, 3)
 
 
 def are_few(R: int, w_EHG: Tensor, w_EFO: Tensor) -> bool:
@@ -49,6 +55,7 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     ids_ptr,
     weights_ptr,
     w_ptr,
+    ws_ptr,
     bias_ptr,
     out_ptr,
     E,
@@ -56,6 +63,13 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     C,
     stride_we,
     stride_wo,
+    stride_wse,
+    stride_wsk,
+    stride_wsg,
+    amax_floor,
+    FP8: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     K: tl.constexpr,
@@ -75,7 +89,7 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     owned = (expert >= 0) & (expert < E)
     weight = tl.load(weights_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
     # The kernel before, the first product's, lets this one start when the ids are there.
-    lines = tl.arange(0, LINES) * 64
+    lines = tl.arange(0, LINES) * (128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8))
     early = w_ptr + expert[:, None, None] * stride_we + lines[None, :, None]
     early += cols.to(tl.int64)[None, None, :] * stride_wo
     inside = (lines < F)[None, :, None] & (cols < C)[None, None, :]
@@ -87,6 +101,9 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     w_ptrs += cols.to(tl.int64)[None, None, :] * stride_wo
     h_mask = owned[:, None, None]
     w_mask = h_mask & (cols < C)[None, None, :]
+    if FP8:  # BLOCK_F is 128, and BLOCK_O divides it: a scale for each expert
+        column = ((tl.program_id(0) % num_columns) * BLOCK_O) // 128
+        ws_ptrs = ws_ptr + expert * stride_wse + column * stride_wsg
     sums = tl.zeros([BLOCK_K, BLOCK_F, BLOCK_O], tl.float32)
     for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
         if EVEN:
@@ -96,7 +113,19 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
             inside = (f < F - start)[None, :, None]
             h = tl.load(h_ptrs, mask=h_mask & inside, other=0.0)
             w = tl.load(w_ptrs, mask=w_mask & inside, other=0.0)
-        sums += h.to(tl.float32) * w.to(tl.float32)
+        h = h.to(tl.float32)
+        if FP8:
+            q, scale = quantized(
+                tl.trans(h, 0, 2, 1), amax_floor, 0.0,
+                POWER_OF_TWO, False, False, INTERPRETED, INTERPRETED,
+            )  # fmt: skip
+            if INTERPRETED:
+                q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
+            q = to_e4m3(q, w_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
+            scale *= tl.load(ws_ptrs, mask=owned, other=0.0)[:, None]
+            h = tl.trans(q * scale[:, :, None], 0, 2, 1)
+            ws_ptrs += stride_wsk
+        sums += h * w.to(tl.float32)
         h_ptrs += BLOCK_F
         w_ptrs += BLOCK_F
     y = tl.sum(sums, 1)
@@ -121,28 +150,82 @@ def launch_few(
     blocks_down: FewBlocks | None = None,
 ) -> None:
     """Fill out; see `are_few` for when."""
-    (T, K), (E, F, C) = ids_TK.shape, w_down_EFO.shape
     if out_TO.numel() == 0:
         return
     ids_TK = ids_TK.contiguous()
-    h_RF = x_TH.new_empty(T * K, F)
+    T, K = ids_TK.shape
+    h_RF = x_TH.new_empty(T * K, w_down_EFO.shape[1])
     launch_grouped_mm(
         x_TH, w_up_EHG, h_RF, ids_TK, None, K, bias_up_EG, gate, blocks_up or BLOCKS_UP, direct=True
     )
-    blocks = blocks_down or choose_few_blocks(F, triton.next_power_of_2(K))
+    _launch_down(h_RF, ids_TK, weights_TK, w_down_EFO, None, bias_down_EO, out_TO, blocks_down)
+
+
+def launch_few_fp8(
+    x_TH: Tensor,
+    x_scale_TK: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    out_TO: Tensor,
+    dtype: torch.dtype,
+    gate: Gate,
+    quantisation: tuple[float, bool],
+    blocks_up: Blocks | None = None,
+    blocks_down: FewBlocks | None = None,
+) -> None:
+    """Fill out from float8 rows and weights with their scales; rows between are in `dtype`.
+
+    quantisation: of these rows, least amax and whether scales are powers of two.
+    """
+    if out_TO.numel() == 0:
+        return
+    ids_TK = ids_TK.contiguous()
+    T, K = ids_TK.shape
+    h_RF = out_TO.new_empty(T * K, down[0].shape[1], dtype=dtype)
+    launch_fp8(
+        x_TH, x_scale_TK, *up, h_RF, ids_TK, None, K, None, gate, blocks_up or BLOCKS_UP_FP8,
+        direct=True,
+    )  # fmt: skip
+    _launch_down(
+        h_RF, ids_TK, weights_TK, *down, None, out_TO, blocks_down or BLOCKS_DOWN_FP8, quantisation
+    )
+
+
+def _launch_down(
+    h_RF: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    w_EFO: Tensor,
+    w_scale: Tensor | None,
+    bias_EO: Tensor | None,
+    out_TO: Tensor,
+    blocks: FewBlocks | None,
+    quantisation: tuple[float, bool] = (0.0, False),
+) -> None:
+    (T, K), (E, F, C) = ids_TK.shape, w_EFO.shape
+    blocks = blocks or choose_few_blocks(F, triton.next_power_of_2(K))
+    pdl = overlap(h_RF)
     down_combine_kernel[(T * triton.cdiv(C, blocks.o),)](
         h_RF,
         ids_TK,
         weights_TK.contiguous(),
-        w_down_EFO,
-        h_RF if bias_down_EO is None else bias_down_EO.contiguous(),
+        w_EFO,
+        w_scale,
+        bias_EO if bias_EO is None else bias_EO.contiguous(),
         out_TO,
         E,
         F,
         C,
-        w_down_EFO.stride(0),
-        w_down_EFO.stride(2),
-        HAS_BIAS=bias_down_EO is not None,
+        w_EFO.stride(0),
+        w_EFO.stride(2),
+        *((0, 0, 0) if w_scale is None else w_scale.stride()),
+        quantisation[0],
+        FP8=w_scale is not None,
+        POWER_OF_TWO=quantisation[1],
+        INTERPRETED=not h_RF.is_cuda,
+        HAS_BIAS=bias_EO is not None,
         EVEN=F % blocks.f == 0,
         K=K,
         BLOCK_K=triton.next_power_of_2(K),
@@ -151,7 +234,7 @@ def launch_few(
         STAGES=blocks.stages,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        LINES=triton.next_power_of_2(min(64, triton.cdiv(F, 64))),
-        PREFETCH=PREFETCH and overlap(x_TH)["PDL"],
-        **overlap(x_TH),
+        LINES=triton.next_power_of_2(min(64, triton.cdiv(F * w_EFO.element_size(), 128))),
+        PREFETCH=PREFETCH and pdl["PDL"],
+        **pdl,
     )

@@ -151,6 +151,7 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     limit,
     up_shift,
     DENSE: tl.constexpr,
+    DIRECT: tl.constexpr,
     GATE: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     ROUND_SILU: tl.constexpr,
@@ -177,6 +178,10 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
 
     if DENSE:
         expert, first_row, end = 0, tile * BLOCK_M, R
+    elif DIRECT:  # each row is a tile, and offsets are the rows' experts themselves
+        expert, first_row, end = tl.load(offsets_ptr + tile).to(tl.int32), tile, tile + 1
+        if (expert < 0) | (expert >= E):
+            return
     else:
         expert, first_row, end = find_tile(offsets_ptr, tile, R, E, BLOCK_M, BLOCK_E)
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -194,7 +199,9 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
         return
 
     source = rows
-    if HAS_ROWS:
+    if DIRECT:
+        source = tl.where(rows < end, rows, 0) // top_k
+    elif HAS_ROWS:
         source = tl.load(rows_ptr + rows, mask=rows < end, other=0) // top_k
     source = source.to(tl.int64)
     k = tl.arange(0, GROUP_K)
@@ -239,17 +246,19 @@ def launch(
     bias_EG: Tensor | None = None,
     gate: Gate | None = None,
     blocks: Blocks | None = None,
+    direct: bool = False,
 ) -> None:
     """Fill y; without offsets all rows are the one expert's. w is contiguous along H.
 
-    With a gate y is [R, F], and its halves lie in w.
+    With a gate y is [R, F], and its halves lie in w. direct: offsets are the rows' experts, row r
+    is that of x[r // top_k]; rows of no expert are not written.
     """
     R, (E, H, G) = y_RG.shape[0], w_EHG.shape
     if y_RG.numel() == 0:
         return
     x_NH = x_NH if x_NH.stride(1) == 1 else x_NH.contiguous()
     blocks = blocks or choose_blocks_fp8(R, E, G)
-    num_tiles = R // blocks.m + (min(R, E + 1) if blocks.m > 1 else 0)
+    num_tiles = R if direct else R // blocks.m + (min(R, E + 1) if blocks.m > 1 else 0)
     if offsets_E is None:
         num_tiles = triton.cdiv(R, blocks.m)
     group_k = group_of_scales(H, x_scale_NK)
@@ -278,6 +287,7 @@ def launch(
         0.0 if limit is None else float(limit),
         0.0 if gate is None else float(gate.up_shift),
         DENSE=offsets_E is None,
+        DIRECT=direct,
         GATE=int(gate is not None),
         HAS_LIMIT=limit is not None,
         ROUND_SILU=gate is not None and gate.round_silu,

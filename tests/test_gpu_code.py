@@ -60,7 +60,8 @@ GEMM_FP8 = {
 DOWN_COMBINE = {
     **{"h_ptr": "*bf16", "ids_ptr": "*i64", "weights_ptr": "*fp32", "w_ptr": "*bf16"},
     **{"bias_ptr": "*bf16", "out_ptr": "*bf16", "E": "i32", "F": "i32", "C": "i32"},
-    **{"stride_we": "i32", "stride_wo": "i32"},
+    **{"stride_we": "i32", "stride_wo": "i32", "ws_ptr": "*fp32", "amax_floor": "fp32"},
+    **{"stride_wse": "i32", "stride_wsk": "i32", "stride_wsg": "i32"},
 }
 ALL_REDUCE = {
     **{"x_ptr": "*i32", "residual_ptr": "*bf16", "weight_ptr": "*bf16", "sum_ptr": "*bf16"},
@@ -84,14 +85,15 @@ def blocks_fp8(m, n, group, stages, **constants):
     """The constants of `grouped_mm_fp8_kernel`."""
     shape = {"BLOCK_M": m, "BLOCK_N": n, "GROUP": group, "STAGES": stages, "GROUP_K": 128}
     flags = {"DENSE": False, "HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
-    flags |= {"GATE": 0, "HAS_LIMIT": False, "ROUND_SILU": False}
+    flags |= {"DIRECT": False, "GATE": 0, "HAS_LIMIT": False, "ROUND_SILU": False}
     return {**shape, **flags, "BLOCK_E": 128, **constants}
 
 
 def down_combine(k, f, o, stages, **constants):
     """The constants of `down_combine_kernel`."""
     shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
-    return {**shape, "HAS_BIAS": True, "EVEN": True, "LINES": 16, "PREFETCH": True, **constants}
+    flags = {"HAS_BIAS": True, "EVEN": True, "FP8": False, "POWER_OF_TWO": False}
+    return {**shape, **flags, "INTERPRETED": False, "LINES": 16, "PREFETCH": True, **constants}
 
 
 def exchange(ranks, **constants):
@@ -161,6 +163,12 @@ KERNELS = {  # module, kernel, types, constants, warps
         8,
     ),
     "down_combine of Qwen3": ("down_combine", DOWN_COMBINE, down_combine(8, 256, 4, 3), 4),
+    "down_combine of float8": (
+        "down_combine",
+        {**DOWN_COMBINE, "w_ptr": "*fp8e4nv"},
+        down_combine(8, 128, 8, 3, FP8=True, HAS_BIAS=False),
+        4,
+    ),
     "down_combine of Mixtral": ("down_combine", DOWN_COMBINE, down_combine(2, 512, 8, 3), 4),
     "quant": ("quant", QUANT, quant(), 4),
     "quant by division": ("quant", QUANT, quant(DIVIDE=True, POWER_OF_TWO=True), 4),

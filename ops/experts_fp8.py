@@ -140,9 +140,9 @@ def experts_fp8_triton(
     """Launch two kernels for few tokens, or one for each stage."""
     inputs = (x_TH, x_scale_TL, ids_TK, weights_TK)
     up, down = (w_up_EHG, w_up_scale), (w_down_EFO, w_down_scale)
-    activation = (alpha, limit, up_shift, round_silu, power_of_two, amax_floor)
-    out_TO = _fake(*inputs, *up, *down, *activation, dtype)
+    out_TO = _fake(*inputs, *up, *down, amax_floor=amax_floor, dtype=dtype)
     if not are_few(ids_TK.numel(), w_up_EHG, w_down_EFO):
+        activation = (alpha, limit, up_shift, round_silu, power_of_two, amax_floor)
         given: tuple[Any, ...] = (*inputs, *up, *down, *activation, dtype)
         return _by_stages(KERNELS, *given)
     gate = Gate(False, alpha, limit, up_shift, round_silu)

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from moe_compile.ops import moe
 from moe_compile.ops._experts_kernel import are_few
-from moe_compile.passes._graph import arg, call, is_call, val
+from moe_compile.passes._graph import arg, args, call, is_call, val
 from moe_compile.passes._outcome import Outcome, exactness
 
 # On a CPU an op costs 10 us of Python, and 30 to 60 once the weights of a layer have swept the
@@ -55,24 +56,37 @@ def choose_kernels(graph: fx.Graph) -> Outcome:
     for combine in graph.find_nodes(op="call_function", target=moe.combine.default):
         tokens = val(combine).shape[0]
         is_known, on_cpu = isinstance(tokens, int), val(combine).device.type == "cpu"
-        if on_cpu and not (is_known and tokens <= MOST_TOKENS):
+        if on_cpu and (_is_fp8(combine) or not (is_known and tokens <= MOST_TOKENS)):
             continue
-        stages = _stages(combine)
+        find = _stages_fp8 if _is_fp8(combine) else _stages
+        stages = find(combine)
         if isinstance(stages, str):
             outcome.decline(combine, stages)
             continue
-        arguments, attributes = stages
-        ids, w_up, w_down = (val(arguments[i]) for i in (1, 3, 4))
-        if not on_cpu and is_known and not are_few(ids.numel(), w_up, w_down):
+        op, arguments, attributes = stages
+        if not on_cpu and is_known and not _are_few(op, arguments):
             continue
         with graph.inserting_before(combine):
-            new = call(graph, moe.experts.default, *arguments, like=combine, **attributes)
+            new = call(graph, op, *arguments, like=combine, **attributes)
         combine.replace_all_uses_with(new)
-        outcome.rewrote(combine, f"experts: {tokens} tokens in one op")
+        name = op.name().removeprefix("moe_compile::")
+        outcome.rewrote(combine, f"{name}: {tokens} tokens in one op")
     return outcome
 
 
-def _stages(combine: Any) -> tuple[list[Any], dict[str, Any]] | str:
+Stages = tuple[Any, list[Any], dict[str, Any]] | str  # op, arguments and attributes, or why not
+
+
+def _is_fp8(combine: Any) -> bool:
+    return is_call(combine.args[0], moe.grouped_mm_fp8.default)
+
+
+def _are_few(op: Any, arguments: list[Any]) -> bool:
+    ids, w_up, w_down = (1, 3, 4) if op is moe.experts.default else (2, 4, 6)
+    return are_few(val(arguments[ids]).numel(), val(arguments[w_up]), val(arguments[w_down]))
+
+
+def _stages(combine: Any) -> Stages:
     """The arguments of `experts` that does what leads to `combine`, or the reason why none does."""
     down, position, weights = combine.args[:3]
     if not (is_call(down, moe.grouped_mm.default) and len(down.users) == 1):
@@ -102,5 +116,61 @@ def _stages(combine: Any) -> tuple[list[Any], dict[str, Any]] | str:
         "up_shift": arg(h, 4, "up_shift", 0.0),
         "dtype": arg(combine, 3, "dtype"),
     }
-    plain = {"interleaved": False, "alpha": 1.0, "up_shift": 0.0}
-    return arguments, {k: v for k, v in named.items() if v is not None and v != plain.get(k)}
+    return moe.experts.default, arguments, _unusual(named)
+
+
+def _unusual(named: dict[str, Any]) -> dict[str, Any]:
+    """Without the ops' defaults."""
+    plain = {"interleaved": False, "alpha": 1.0, "up_shift": 0.0, "amax_floor": 1e-10}
+    plain |= {"round_silu": False, "power_of_two": False}
+    return {k: v for k, v in named.items() if v is not None and v != plain.get(k)}
+
+
+def _stages_fp8(combine: Any) -> Stages:
+    """The arguments of `experts_fp8`, as `_stages` those of `experts`."""
+    down, position, weights = combine.args[:3]
+    q, scale = args(down)[:2]
+    activated = q.args[0]
+    if not is_call(activated, moe.silu_mul_quant.default) or len(down.users) != 1:
+        return "the rows of the second product are not silu_mul_quant's"
+    parts = [(n.args[0], n.args[1]) for n in (q, scale)]
+    if parts != [(activated, 0), (activated, 1)] or len(q.users) + len(scale.users) != 2:
+        return "the quantised rows are read by others, too"
+    schema = [a.name for a in moe.silu_mul_quant.default._schema.arguments]
+    how = {**dict(zip(schema, args(activated), strict=False)), **activated.kwargs}
+    up = how.pop("x")
+    if not (is_call(up, moe.grouped_mm_fp8.default) and len(up.users) == 1):
+        return "the rows of the activation are not those of a GEMM alone"
+    sort = position.args[0]
+    if not is_call(sort, moe.sort_tokens.default):
+        return "the positions are not from sort_tokens"
+    offsets = (up.args[4], down.args[4], how.pop("offsets", up.args[4]) or up.args[4])
+    from_sort = [(n.args[0], n.args[1]) for n in (arg(up, 5, "rows"), *offsets)]
+    if from_sort != [(sort, 0), *[(sort, 1)] * 3] or position.args[1] != 2:
+        return "the GEMMs are not over the rows of one sort"
+    ids = sort.args[0]
+    if arg(up, 6, "top_k", 1) != val(ids).shape[1] or arg(down, 5, "rows") is not None:
+        return "the GEMMs gather other rows"
+    if arg(up, 7, "bias") is not None or arg(down, 7, "bias") is not None:
+        return "products with a bias"
+    known: dict[str, Any] = {name: how.pop(name, None) for name in _KNOWN_FP8}
+    if not how.pop("round_product", False) or not _are_default(how):
+        return "an activation or quantisation that experts_fp8 does not know"
+    dtypes = {arg(n, 8, "dtype", torch.bfloat16) for n in (up, down)}
+    dtypes.add(arg(combine, 3, "dtype") or val(down).dtype)
+    if len(dtypes) != 1 or val(down.args[2]).shape[1] % 128:
+        return "stages in several dtypes, or features that blocks of 128 do not divide"
+    arguments = [*args(up)[:2], ids, weights, *args(up)[2:4], *args(down)[2:4]]
+    dtype = dtypes.pop()
+    if dtype != torch.bfloat16:
+        known["dtype"] = dtype
+    return moe.experts_fp8.default, arguments, _unusual(known)
+
+
+_KNOWN_FP8 = ("alpha", "limit", "up_shift", "round_silu", "power_of_two", "amax_floor")
+
+
+def _are_default(how: dict[str, Any]) -> bool:
+    """Say the attributes of silu_mul_quant what they say if not given?"""
+    defaults = {a.name: a.default_value for a in moe.silu_mul_quant.default._schema.arguments}
+    return all(value == defaults[name] for name, value in how.items())

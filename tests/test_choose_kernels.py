@@ -1,5 +1,6 @@
 import pytest
 import torch
+from float8 import gemm_inputs
 from helpers import graph_on_gpu
 
 from moe_compile.ops import moe
@@ -146,3 +147,46 @@ def test_tokens_that_share_experts_on_a_gpu_or_other_weights():
         (outcome,) = run_passes(gm, choose_kernels)
         assert (outcome.rewrites, outcome.declined) == ([], [])
         assert render(gm.graph) == before
+
+
+def fp8_on_gpu(tokens, num_experts, **how):
+    K, H, F = 2, 256, 128
+    *inputs, w1, w1_scale, _ = gemm_inputs([tokens] + [0] * (num_experts - 1), 0, H, 2 * F, "cpu")
+    *_, w2, w2_scale, _ = gemm_inputs([0] * num_experts, 0, F, H, "cpu")
+    ids = torch.zeros(tokens, K, dtype=torch.long)
+
+    def fn(x, x_scale, ids, weights, w1, w1_scale, w2, w2_scale):
+        rows, offsets, position = moe.sort_tokens(ids, num_experts)
+        h = moe.grouped_mm_fp8(x, x_scale, w1, w1_scale, offsets, rows, K)
+        kinds = {"round_silu": True, "round_product": True, "offsets": offsets, **how}
+        q, scale = moe.silu_mul_quant(h, **kinds)
+        return moe.combine(moe.grouped_mm_fp8(q, scale, w2, w2_scale, offsets), position, weights)
+
+    return graph_on_gpu(fn, *inputs, ids, torch.rand(tokens, K), w1, w1_scale, w2, w2_scale)
+
+
+def test_few_tokens_in_float8():
+    gm = fp8_on_gpu(2, 16, limit=7.0)
+    (outcome,) = run_passes(gm, choose_kernels)
+    assert [e.detail for e in outcome.rewrites] == ["experts_fp8: 2 tokens in one op"]
+    call = "experts_fp8(arg0_1, arg1_1, arg2_1, arg3_1, arg4_1, arg5_1, arg6_1, arg7_1,"
+    assert render(gm.graph).splitlines()[-2:] == [
+        f"experts_fp8: bf16[2, 256] = moe_compile.{call} limit=7.0, round_silu=True)",
+        "return [experts_fp8]",
+    ]
+    assert run_passes(gm, choose_kernels)[0].rewrites == []
+
+
+@pytest.mark.parametrize(
+    "how", [{"round_product": False}, {"scale_by_reciprocal": True}, {"round_sigmoid": True}]
+)
+def test_what_float8_in_one_op_does_not_know(how):
+    (outcome,) = run_passes(fp8_on_gpu(2, 16, **how), choose_kernels)
+    assert [e.detail for e in outcome.declined] == [
+        "an activation or quantisation that experts_fp8 does not know"
+    ]
+
+
+def test_tokens_that_share_experts_in_float8():
+    (outcome,) = run_passes(fp8_on_gpu(2, 15), choose_kernels)
+    assert (outcome.rewrites, outcome.declined) == ([], [])

@@ -36,7 +36,7 @@ def assert_close_layer(got, *args, **how):
 
     On a CPU the interpreter's bfloat16, which truncates, leaves more.
     """
-    most = 0.01 if got.is_cuda else 0.03
+    most = 0.01 if got.is_cuda else 0.06
     want = experts_fp8_reference(*args, **how)
     assert got.shape == want.shape
     if got.numel():

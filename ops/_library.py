@@ -59,9 +59,7 @@ def _without_gradients(name: str, impl: Impl) -> Impl:
     is_grad_enabled = torch.is_grad_enabled
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if is_grad_enabled() and any(
-            isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
-        ):
+        if is_grad_enabled() and any(map(_wants_gradient, (*args, *kwargs.values()))):
             raise RuntimeError(
                 f"{name}: expected inputs without gradients (this op has no backward; "
                 "use torch.no_grad() or torch.inference_mode()), got requires_grad=True"
@@ -69,3 +67,9 @@ def _without_gradients(name: str, impl: Impl) -> Impl:
         return impl(*args, **kwargs)
 
     return call
+
+
+def _wants_gradient(argument: Any) -> bool:
+    if isinstance(argument, (list, tuple)):
+        return any(map(_wants_gradient, argument))
+    return isinstance(argument, Tensor) and argument.requires_grad

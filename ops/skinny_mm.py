@@ -1,7 +1,7 @@
 """Multiply few rows by one weight: y = x @ w + bias.
 
 A dense layer of a decode step: its time is that of reading w once, which torch.mm's kernels for
-few rows do not reach on a CPU.
+few rows do not reach. `skinny_mms` is several of one x.
 
 Letters: M rows, K features in, N features out.
 Shapes: x [M, K], w [K, N], bias [N] -> [M, N]. M may be 0. w may have any strides; [K, N] and the
@@ -19,8 +19,9 @@ from torch import Tensor
 from moe_compile.ops._check import check, check_dims, check_float, check_same_device
 from moe_compile.ops._cpu import _BLOCK_G, _DTYPES, _GROUPED_MM, _library
 from moe_compile.ops._library import define
+from moe_compile.ops._skinny_mm_kernel import Blocks, fits, launch
 
-MOST_ROWS = 16  # more go to torch.mm on a CPU
+MOST_ROWS = 16  # more go to torch.mm
 
 # The C++ kernel is grouped_mm's, with one expert, whose rows end at offsets[M] = M.
 _OFFSETS = (ctypes.c_int32 * (MOST_ROWS + 1))(*range(MOST_ROWS + 1))
@@ -40,7 +41,7 @@ def _mm(x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None) -> Tensor:
 
 
 def _cpu(x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    _check(x_MK, w_KN, bias_N)
+    check_skinny_mm("skinny_mm", x_MK, w_KN, bias_N)
     (M, K), N = x_MK.shape, w_KN.shape[1]
     stride_k, stride_n = w_KN.stride()
     library = _library()
@@ -66,13 +67,17 @@ def _cpu(x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     return y_MN
 
 
-def _cuda(x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    _check(x_MK, w_KN, bias_N)
-    return _mm(x_MK, w_KN, bias_N)
+def skinny_mm_triton(
+    x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None = None, blocks: Blocks | None = None
+) -> Tensor:
+    """Launch the kernel where it takes such an input, else torch.mm."""
+    check_skinny_mm("skinny_mm", x_MK, w_KN, bias_N)
+    if not fits(x_MK, [w_KN]):
+        return _mm(x_MK, w_KN, bias_N)
+    return launch(x_MK, [w_KN], [bias_N], blocks)[0]
 
 
-def _check(x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None) -> None:
-    op = "skinny_mm"
+def check_skinny_mm(op: str, x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None) -> None:
     check_dims(op, "x", x_MK, "[M, K]")
     check_dims(op, "w", w_KN, "[K, N]")
     check_float(op, "x", x_MK)
@@ -88,14 +93,14 @@ def _check(x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None) -> None:
 
 
 def _fake(x_MK: Tensor, w_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    _check(x_MK, w_KN, bias_N)
+    check_skinny_mm("skinny_mm", x_MK, w_KN, bias_N)
     return x_MK.new_empty(x_MK.shape[0], w_KN.shape[1])
 
 
 skinny_mm = define(
     "skinny_mm(Tensor x, Tensor w, Tensor? bias=None) -> Tensor",
     cpu=_cpu,
-    cuda=_cuda,
+    cuda=skinny_mm_triton,
     fake=_fake,
     cpp=True,
 )

@@ -1,24 +1,33 @@
-"""Choose how a dense layer of few tokens reads its weight."""
+"""Choose how the dense layers of few tokens read their weights."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import fx
 
 from moe_compile.ops import moe
-from moe_compile.passes._graph import args, aten, call, strip, val
+from moe_compile.ops._skinny_mm_kernel import MOST_WEIGHTS
+from moe_compile.passes._graph import RESHAPES, args, aten, call, strip, unpack, val
 from moe_compile.passes._outcome import Outcome, exactness
 
 # Measured on 2 cores of Zen 4 with torch 2.13, weights not in cache, [N, K] as nn.Linear has them.
 MOST_ROWS = 16
 LEAST_WEIGHT = 2**16
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MOST_ROWS_CUDA = 16  # of a tile of the tensor cores
+MOST_COLUMNS_CUDA = 2**15  # the head of a vocabulary has more: cuBLAS fills a GPU with it
+
+_FLOATS = {
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+}
+_TRANSPOSES = (aten.permute.default, aten.t.default)
 
 
 @exactness("reassociating")
 def choose_linear(graph: fx.Graph) -> Outcome:
-    """On a CPU, multiply few rows by a parameter with `skinny_mm`.
+    """Multiply few rows by a parameter with `skinny_mm`.
 
     Before:
         arg0_1: f32[256, 256]
@@ -34,21 +43,25 @@ def choose_linear(graph: fx.Graph) -> Outcome:
         skinny_mm: f32[2, 256] = moe_compile.skinny_mm(arg1_1, permute)
         return [skinny_mm]
 
-    Left alone: other devices; a number of rows that is not known, or above MOST_ROWS; weights of
-    less than LEAST_WEIGHT elements, computed in the graph, or not contiguous along K or N.
+    On a GPU up to MOST_WEIGHTS weights that multiply the same x, and lie in memory in the same
+    order, become one `skinny_mms` where the first of them was.
+    Left alone: a number of rows that is not known, or above MOST_ROWS; weights of less than
+    LEAST_WEIGHT elements, computed in the graph, or not contiguous along K or N. On a GPU also
+    float32, weights of more than MOST_COLUMNS_CUDA, and those whose columns (or rows) begin on no
+    multiple of 16 bytes.
     Numerics: summed in float32 and rounded once, in another order.
     """
     outcome = Outcome()
+    groups = defaultdict(list)
     for target in (aten.mm.default, aten.addmm.default):
         for node in graph.find_nodes(op="call_function", target=target):
             *bias, x, w = args(node)
-            if not _gains(node, x, w, *bias):
-                continue
-            with graph.inserting_before(node):
-                new = call(graph, moe.skinny_mm.default, x, w, *bias, like=node)
-            node.replace_all_uses_with(new)
-            M, (K, N) = val(x).shape[0], val(w).shape
-            outcome.rewrote(node, f"skinny_mm: {M} rows times a weight of {K} x {N}")
+            if _gains(node, x, w, *bias):
+                groups[_group(node, x, w, *bias)].append(node)
+    for nodes in groups.values():
+        nodes.sort()
+        for start in range(0, len(nodes), MOST_WEIGHTS):
+            _rewrite(graph, nodes[start : start + MOST_WEIGHTS], outcome)
     return outcome
 
 
@@ -56,9 +69,61 @@ def _gains(node: fx.Node, x: Any, w: Any, bias: Any = None) -> bool:
     """Is this a product that `skinny_mm` computes, and faster?"""
     M, (K, N) = val(x).shape[0], val(w).shape
     known = all(isinstance(size, int) for size in (M, K, N))
-    if val(x).device.type != "cpu" or not known or val(x).dtype not in _FLOATS or node.kwargs:
+    device = val(x).device.type
+    if not known or val(x).dtype not in _FLOATS.get(device, ()) or node.kwargs:
         return False
     if bias is not None and (val(bias).shape != (N,) or val(bias).dtype != val(x).dtype):
         return False
-    is_parameter = strip(w, aten.permute.default, aten.t.default).op in ("placeholder", "get_attr")
+    if device == "cuda" and not (M <= MOST_ROWS_CUDA and N <= MOST_COLUMNS_CUDA and _aligned(w)):
+        return False
+    is_parameter = _is_input(strip(w, *_TRANSPOSES))
     return 0 < M <= MOST_ROWS and K * N >= LEAST_WEIGHT and is_parameter and 1 in val(w).stride()
+
+
+def _is_input(node: Any) -> bool:
+    return node is None or node.op in ("placeholder", "get_attr")
+
+
+def _aligned(w: fx.Node) -> bool:
+    """Can whole columns (or rows) be read by 16 bytes?"""
+    value = val(w)
+    return all(stride == 1 or stride * value.itemsize % 16 == 0 for stride in value.stride())
+
+
+def _group(node: fx.Node, x: Any, w: Any, bias: Any = None) -> Any:
+    """What products that go together have in common: x, and along which dim w is contiguous."""
+    if val(x).device.type != "cuda" or not _is_input(bias):
+        return node
+    return strip(x, *RESHAPES), val(x).shape, val(x).dtype, val(w).stride(0) == 1
+
+
+def _rewrite(graph: fx.Graph, nodes: list[fx.Node], outcome: Outcome) -> None:
+    """All that `nodes` compute, where the first of them is."""
+    first = nodes[0]
+    x = args(first)[-2]
+    ws = [args(node)[-1] for node in nodes]
+    biases = [args(node)[0] if len(args(node)) == 3 else None for node in nodes]
+    M, (K, N) = val(x).shape[0], val(ws[0]).shape
+    with graph.inserting_before(first):
+        if len(nodes) == 1:
+            bias = [b for b in biases if b is not None]
+            new = call(graph, moe.skinny_mm.default, x, *ws, *bias, like=first)
+            first.replace_all_uses_with(new)
+            outcome.rewrote(first, f"skinny_mm: {M} rows times a weight of {K} x {N}")
+            return
+        for node in (*ws, *biases):
+            _move_before(first, node)
+        product = call(graph, moe.skinny_mms.default, x, ws, biases, like=first)
+        for node, new in zip(nodes, unpack(graph, product, len(nodes)), strict=True):
+            node.replace_all_uses_with(new)
+    columns = ", ".join(str(val(w).shape[1]) for w in ws)
+    outcome.rewrote(first, f"skinny_mms: {M} rows times weights of {K} x {columns}")
+
+
+def _move_before(place: fx.Node, node: fx.Node | None) -> None:
+    """`node`, an input or a transpose of one, stands before `place`."""
+    if node is None or node < place:
+        return
+    for source in node.all_input_nodes:
+        _move_before(place, source)
+    place.prepend(node)

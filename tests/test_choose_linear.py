@@ -2,9 +2,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from helpers import FLOATS, assert_close
+from helpers import FLOATS, assert_close, graph_on_gpu
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from moe_compile.passes.choose_linear import LEAST_WEIGHT, MOST_ROWS, choose_linear
+from moe_compile.passes.choose_linear import (
+    LEAST_WEIGHT,
+    MOST_COLUMNS_CUDA,
+    MOST_ROWS,
+    MOST_ROWS_CUDA,
+    choose_linear,
+)
 from moe_compile.testing import assert_documented, capture, render, run_passes
 
 K = N = 256
@@ -127,7 +135,155 @@ def test_dynamic_rows():
     assert render(gm.graph) == before
 
 
-@pytest.mark.gpu
-def test_other_devices():
-    gm = capture(linear, torch.randn(1, K, device="cuda"), weight().cuda())
+def half(*shape):
+    return torch.randn(*shape, dtype=torch.bfloat16)
+
+
+def attention(x, q, k, v, bias, o, gate):
+    """Three layers of x, one of what comes of them, and a cast and a reshape on the way."""
+    x = x.relu()
+    y = linear(x, q) + linear(x, k, bias) * linear(x, v)
+    return linear(y, o), x.float(), linear(x.reshape(1, -1), gate)
+
+
+def test_layers_of_one_x_on_a_gpu():
+    weights = [half(N, K) for _ in range(3)]
+    gm = graph_on_gpu(attention, half(1, 1, K), *weights, half(N), half(512, K), half(300, K))
+    assert rewrites(gm) == [
+        "skinny_mms: 1 rows times weights of 256 x 256, 256, 256, 300",
+        "skinny_mm: 1 rows times a weight of 256 x 512",
+    ]
+    assert_expected_inline(
+        render(gm.graph),
+        """\
+arg0_1: bf16[1, 1, 256]
+arg1_1: bf16[256, 256]
+arg2_1: bf16[256, 256]
+arg3_1: bf16[256, 256]
+arg4_1: bf16[256]
+arg5_1: bf16[512, 256]
+arg6_1: bf16[300, 256]
+relu: bf16[1, 1, 256] = aten.relu(arg0_1)
+t: bf16[256, 256] = aten.t(arg1_1)
+view: bf16[1, 256] = aten.view(relu, [1, 256])
+t_1: bf16[256, 256] = aten.t(arg2_1)
+t_2: bf16[256, 256] = aten.t(arg3_1)
+t_3: bf16[256, 300] = aten.t(arg6_1)
+skinny_mms = moe_compile.skinny_mms(view, [t, t_1, t_2, t_3], [None, arg4_1, None, None])
+getitem: bf16[1, 256] = skinny_mms[0]
+getitem_1: bf16[1, 256] = skinny_mms[1]
+getitem_2: bf16[1, 256] = skinny_mms[2]
+getitem_3: bf16[1, 300] = skinny_mms[3]
+_unsafe_view: bf16[1, 1, 256] = aten._unsafe_view(getitem, [1, 1, 256])
+view_1: bf16[1, 1, 256] = aten.view(getitem_1, [1, 1, 256])
+_unsafe_view_1: bf16[1, 1, 256] = aten._unsafe_view(getitem_2, [1, 1, 256])
+mul: bf16[1, 1, 256] = aten.mul.Tensor(view_1, _unsafe_view_1)
+add: bf16[1, 1, 256] = aten.add.Tensor(_unsafe_view, mul)
+t_4: bf16[256, 512] = aten.t(arg5_1)
+view_2: bf16[1, 256] = aten.view(add, [1, 256])
+skinny_mm: bf16[1, 512] = moe_compile.skinny_mm(view_2, t_4)
+_unsafe_view_2: bf16[1, 1, 512] = aten._unsafe_view(skinny_mm, [1, 1, 512])
+_to_copy: f32[1, 1, 256] = aten._to_copy(relu, dtype=f32)
+return [_unsafe_view_2, _to_copy, getitem_3]""",
+    )
+    assert rewrites(gm) == []  # twice = once
+
+
+def test_one_layer_on_a_gpu():
+    gm = graph_on_gpu(linear, half(MOST_ROWS_CUDA, K), half(N, K), half(N))
+    assert rewrites(gm) == ["skinny_mm: 16 rows times a weight of 256 x 256"]
+    assert_expected_inline(
+        render(gm.graph),
+        """\
+arg0_1: bf16[16, 256]
+arg1_1: bf16[256, 256]
+arg2_1: bf16[256]
+t: bf16[256, 256] = aten.t(arg1_1)
+skinny_mm: bf16[16, 256] = moe_compile.skinny_mm(arg0_1, t, arg2_1)
+return [skinny_mm]""",
+    )
+
+
+def on_gpu(fn, *args):
+    """What the pass does to `fn`, and that the shapes and strides of its results stay."""
+    gm = graph_on_gpu(fn, *args)
+    (output,) = gm.graph.find_nodes(op="output")
+    before = [(n.meta["val"].shape, n.meta["val"].stride()) for n in output.args[0]]
+    details = rewrites(gm)
+    after = [(n.meta["val"].shape, n.meta["val"].stride()) for n in output.args[0]]
+    assert before == after
+    return [d.partition(" times ")[2] for d in details]
+
+
+def test_at_most_four_together():
+    details = on_gpu(lambda x, *ws: tuple(linear(x, w) for w in ws), half(2, K), *[half(N, K)] * 6)
+    assert details == ["weights of 256 x 256, 256, 256, 256", "weights of 256 x 256, 256"]
+
+
+SINGLE = "a weight of 256 x 256"
+APART = {
+    "different x": (lambda x, a, b: (linear(x, a), linear(x + 1, b)), ()),
+    "different order": (lambda x, a, b: (linear(x, a), x @ b), ()),
+    "a bias that is computed": (lambda x, a, b, c: (linear(x, a), linear(x, b, c + 1)), (half(N),)),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_apart_on_a_gpu(case):
+    fn, more = APART[case]
+    assert on_gpu(fn, half(2, K), half(N, K), half(N, K), *more) == [SINGLE, SINGLE]
+
+
+def test_different_dtypes_on_a_gpu():
+    def layers(x, a, b):
+        return linear(x, a), linear(x.half(), b)
+
+    assert on_gpu(layers, half(2, K), half(N, K), half(N, K).half()) == [SINGLE, SINGLE]
+
+
+NEAR_MISSES_ON_A_GPU = {
+    "17 rows": (linear, half(MOST_ROWS_CUDA + 1, K), half(N, K)),
+    "no rows": (linear, half(0, K), half(N, K)),
+    "small weight": (linear, half(2, K), half(N - 1, K)),
+    "head of a vocabulary": (linear, half(1, 8), half(MOST_COLUMNS_CUDA + 1, 8)),
+    "computed weight": (lambda x, w: linear(x, w * 2), half(2, K), half(N, K)),
+    "columns at odd places": (linear, half(2, K + 1), half(N, K + 1)),
+    "no dim contiguous": (linear, half(2, K), half(N, 2 * K)[:, ::2]),
+    "float32": (linear, torch.randn(2, K), torch.randn(N, K)),
+}
+
+
+@pytest.mark.parametrize("case", NEAR_MISSES_ON_A_GPU)
+def test_left_alone_on_a_gpu(case):
+    assert on_gpu(*NEAR_MISSES_ON_A_GPU[case]) == []
+
+
+def test_another_reshape_of_x_on_a_gpu():
+    def layers(x, a, b, c):
+        return linear(x, a), linear(x.reshape(1, -1), b), linear(x.reshape(2, 1, K), c)
+
+    details = on_gpu(layers, half(2, K), half(N, K), half(N, 2 * K), half(N, K))
+    assert details == ["weights of 256 x 256, 256", "a weight of 512 x 256"]
+
+
+def test_unknown_rows_on_a_gpu():
+    gm = graph_on_gpu(linear, half(2, K), half(N, K))
+    x = gm.graph.find_nodes(op="placeholder")[0]
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env):
+        rows = shape_env.create_unbacked_symint()
+        x.meta["val"] = torch.empty(rows, K, device="cuda", dtype=torch.bfloat16)
     assert rewrites(gm) == []
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("M", [1, 4, 16])
+def test_compiled_on_a_gpu(M):
+    torch._dynamo.reset()
+    args = half(M, 1, K), *[half(N, K) for _ in range(3)], half(N), half(512, K), half(300, K)
+    args = [a.cuda() for a in args]
+    options = {"require": {"choose_linear": 2}}
+    fn = torch.compile(attention, backend="moe_compile", fullgraph=True, options=options)
+    for got, want in zip(fn(*args), attention(*args), strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=2.0)

@@ -68,6 +68,11 @@ ALL_REDUCE = {
     **{"normed_ptr": "*bf16", "inboxes_ptr": "*i64", "exchanges_ptr": "*i32", "W": "i32"},
     **{"row_words": "i32", "rows": "i32", "eps": "fp32"},
 }
+SKINNY = {  # of q, k and v
+    **{"x_ptr": "*bf16", "M": "i32", "K": "i32", "stride_xm": "i32"},
+    **{name: ("*bf16",) * 3 for name in ("w_ptrs", "bias_ptrs", "y_ptrs")},
+    **{name: ("i32",) * 3 for name in ("Ns", "bias_Ns", "strides_w")},
+}
 
 
 def quant(**constants):
@@ -108,6 +113,18 @@ def blocks(m, n, k, group, stages, **constants):
     flags = {"HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
     flags |= {"COMPENSATE": False, "GATE": 0, "HAS_LIMIT": False, "DIRECT": False}
     return {**shape, **flags, "BLOCK_E": 128, "stride_wh": 1, **constants}
+
+
+def wide(kind):
+    """The type, or the types of a tuple, with float32 for bfloat16."""
+    return tuple(map(wide, kind)) if isinstance(kind, tuple) else kind.replace("bf16", "fp32")
+
+
+def skinny(rows, n, k, dot, stages, **constants):
+    """The constants of `skinny_mm_kernel` with the blocks that `choose_blocks` gives."""
+    shape = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k, "DOT": dot, "STAGES": stages, "FOLD": 8}
+    flags = {"K_CONTIGUOUS": True, "HAS_BIAS": True, "EVEN_K": True, "UPCAST": False}
+    return {"LINES": 32, **shape, **flags, "COUNT": 3, **constants}
 
 
 KERNELS = {  # module, kernel, types, constants, warps
@@ -189,6 +206,28 @@ KERNELS = {  # module, kernel, types, constants, warps
         4,
     ),
     "linear_fp8": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(64, 128, 4, 4, DENSE=True), 4),
+    "skinny_mm of one row": ("skinny_mm", SKINNY, skinny(1, 8, 512, False, 4), 2),
+    "skinny_mm of four rows": ("skinny_mm", SKINNY, skinny(4, 8, 512, False, 4), 2),
+    "skinny_mm of few columns": ("skinny_mm", SKINNY, skinny(1, 1, 2048, False, 4), 8),
+    "skinny_mm of one row, float32": (
+        "skinny_mm",
+        {name: wide(kind) for name, kind in SKINNY.items()},
+        skinny(1, 8, 256, False, 4, FOLD=4, EVEN_K=False),
+        2,
+    ),
+    "skinny_mm of one row, columns contiguous": (
+        "skinny_mm",
+        SKINNY,
+        skinny(1, 32, 64, False, 4, FOLD=1, K_CONTIGUOUS=False),
+        4,
+    ),
+    "skinny_mm of many rows": ("skinny_mm", SKINNY, skinny(16, 16, 256, True, 4), 2),
+    "skinny_mm of many rows, columns contiguous": (
+        "skinny_mm",
+        SKINNY,
+        skinny(16, 64, 64, True, 4, FOLD=1, K_CONTIGUOUS=False),
+        4,
+    ),
     "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),
     "all_reduce_add_rms_norm of eight": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(8), 8),
     "all_reduce_add_rms_norm of one": (
@@ -203,9 +242,11 @@ MODULES = {
     "grouped_mm_fp8": "_grouped_mm_fp8_kernel",
     "all_reduce_add_rms_norm": "_all_reduce_kernel",
     "down_combine": "_experts_kernel",
+    "skinny_mm": "_skinny_mm_kernel",
 }
-NAMED = ("route", "grouped_mm", "quant", "grouped_mm_fp8", "down_combine")
+NAMED = ("route", "grouped_mm", "quant", "grouped_mm_fp8", "down_combine", "skinny_mm")
 NAMES = {op: f"{op}_kernel" for op in NAMED}
+ALIGNED = [["tt.divisibility", 16]]
 
 
 @pytest.fixture(scope="module")
@@ -240,8 +281,10 @@ def compile_for_sm_90(case):
         signature[argument] = "constexpr" if argument in constants else types[argument]
         if argument in constants:
             values[(i,)] = constants[argument]
+        elif isinstance(types[argument], tuple):
+            aligned |= {(i, j): ALIGNED for j in range(len(types[argument]))}
         elif types[argument][0] == "*":
-            aligned[(i,)] = [["tt.divisibility", 16]]
+            aligned[(i,)] = ALIGNED
     source = ASTSource(kernel, signature, values, aligned)
     stages = constants.get("STAGES", 3)
     options = {"num_warps": warps, "num_stages": stages}

@@ -4,7 +4,8 @@ from helpers import FLOATS, assert_close
 
 from moe_compile.ops import _cpu
 from moe_compile.ops import skinny_mm as module
-from moe_compile.ops.skinny_mm import skinny_mm, skinny_mm_reference
+from moe_compile.ops._skinny_mm_kernel import Blocks, choose_blocks
+from moe_compile.ops.skinny_mm import skinny_mm, skinny_mm_reference, skinny_mm_triton
 
 SHAPES = [  # M, K, N
     *((M, 64, 96) for M in (0, 1, 3, 8, 16, 17)),
@@ -46,6 +47,98 @@ def test_strided_input(strides, dtype, device):
     assert_close(skinny_mm(x, w, bias), skinny_mm_reference, x, w, bias)
     x, bias = x.t().contiguous().t(), torch.stack((bias, bias), -1)[:, 0]
     assert_close(skinny_mm(x, w, bias), skinny_mm_reference, x, w, bias)
+
+
+KERNEL_SHAPES = [  # M, K, N
+    (0, 8, 4),
+    (1, 37, 5),
+    (1, 1, 1),
+    (2, 700, 3),
+    (3, 64, 1),
+    (4, 129, 9),
+    (5, 600, 11),
+    (16, 40, 17),
+    (17, 40, 6),
+    (2, 0, 3),
+    (2, 3, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", ["K contiguous", "N contiguous"])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
+def test_kernel(shape, layout, dtype, device):
+    x, w, bias = inputs(*shape, device, dtype)
+    w = STRIDES[layout](w.contiguous())
+    assert_close(skinny_mm_triton(x, w), skinny_mm_reference, x, w)
+    assert_close(skinny_mm_triton(x, w, bias), skinny_mm_reference, x, w, bias)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("strides", STRIDES)
+def test_kernel_on_strided_input(strides, dtype, device):
+    for M in 2, 6:
+        x, w, bias = inputs(M, 40, 12, device, dtype)
+        w, x = STRIDES[strides](w.contiguous()), torch.cat((x, x, x), 1)[:, 7:47]
+        assert_close(skinny_mm_triton(x, w, bias), skinny_mm_reference, x, w, bias)
+        x, bias = x.t().contiguous().t(), torch.stack((bias, bias), -1)[:, 0]
+        assert_close(skinny_mm_triton(x, w, bias), skinny_mm_reference, x, w, bias)
+
+
+BLOCKS = [
+    Blocks(1, 64, False, 8, 4),
+    Blocks(4, 32, False, 2, 1),
+    Blocks(16, 128, False, 4, 2),
+    Blocks(8, 32, True, 4, 3),
+    Blocks(32, 64, True, 4, 4),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda blocks: "x".join(map(str, blocks)))
+def test_any_blocks_give_the_same(blocks, dtype, device):
+    for M, K in (1, 128), (4, 100):
+        x, w, bias = inputs(M, K, 19, device, dtype)
+        for weight in w, w.contiguous():
+            y = skinny_mm_triton(x, weight, bias, blocks)
+            assert_close(y, skinny_mm_reference, x, weight, bias)
+
+
+@pytest.mark.parametrize("M", [3, 6])
+def test_nan_stays_in_its_row(M, device):
+    x, w, _ = inputs(M, 40, 9, device, torch.bfloat16)
+    x[1, 7] = float("nan")
+    y = skinny_mm_triton(x, w)
+    assert y[1].isnan().all()
+    assert y[[0, *range(2, M)]].isfinite().all()
+
+
+@pytest.mark.parametrize("M", [1, 4, 5, 16])
+@pytest.mark.parametrize("k_contiguous", [True, False])
+def test_blocks_fill_a_gpu(k_contiguous, M):
+    """Two programs for each SM where columns allow it, and no more than they can hold."""
+    for N in (1, 128, 512, 2048, 5120, 32768):
+        b = choose_blocks(M, 2048, N, torch.bfloat16, k_contiguous)
+        assert -(-N // b.n) >= 264 or b.n <= (1 if not b.dot and k_contiguous else 16)
+        assert b.n & (b.n - 1) == b.k & (b.k - 1) == b.warps & (b.warps - 1) == 0
+        assert 2 * b.stages * b.k * (b.n + M) <= 100 * 1024
+
+
+def test_no_warp_without_work():
+    assert choose_blocks(1, 2048, 128, torch.bfloat16, True)[1:4] == (2048, False, 8)
+    assert choose_blocks(1, 512, 128, torch.bfloat16, True)[1:4] == (512, False, 2)
+    assert choose_blocks(1, 8, 128, torch.bfloat16, True)[1:4] == (256, False, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("M", range(1, 18))
+def test_real_shapes(M, dtype, device):
+    for K, N in (2048, 128), (2048, 4096), (4096, 2048), (2880, 512), (1000, 777):
+        x, w, bias = inputs(M, K, N, device, dtype)
+        for weight in w, w.contiguous():
+            assert_close(skinny_mm(x, weight, bias), skinny_mm_reference, x, weight, bias)
+            assert torch.equal(skinny_mm(x, weight, bias), skinny_mm(x, weight, bias))
 
 
 def test_without_a_compiler(monkeypatch):

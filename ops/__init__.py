@@ -9,6 +9,7 @@ if __name__ != "moe_compile.ops":  # a second import would register every op twi
 import torch
 
 from moe_compile.ops import all_reduce_add_rms_norm as _all_reduce_add_rms_norm  # noqa: F401
+from moe_compile.ops import attend as _attend  # noqa: F401
 from moe_compile.ops import combine as _combine  # noqa: F401
 from moe_compile.ops import experts as _experts  # noqa: F401
 from moe_compile.ops import experts_fp8 as _experts_fp8  # noqa: F401

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from itertools import product
 
 import pytest
 
@@ -73,6 +74,21 @@ SKINNY = {  # of q, k and v
     **{name: ("*bf16",) * 3 for name in ("w_ptrs", "bias_ptrs", "y_ptrs")},
     **{name: ("i32",) * 3 for name in ("Ns", "bias_Ns", "strides_w")},
 }
+
+ATTEND = {
+    **{name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")},
+    **{"mask_ptr": "*i1", "sums_ptr": "*fp32", "scale": "fp32"},
+    **{name: "i32" for name in ("S", "splits", "blocks", "num_rows", "G")},
+    **{f"stride_{x}{dim}": "i32" for x, dim in product("qkvm", "bagsq")},
+}
+
+
+def heads(repeats, d, f, rows, positions, stages, **constants):
+    """The constants of `_attend_kernel`, for one query of each head."""
+    shape = {"REPEATS": repeats, "Q": 1, "D": d, "F": f, "BLOCK_M": 1}
+    block = {"BLOCK_R": rows, "BLOCK_S": positions, "BLOCK_D": 128, "BLOCK_F": 128}
+    flags = {"HAS_MASK": True, "SCAN": True, "SPLIT": True, "UPCAST": False}
+    return {**shape, **block, **flags, "STAGES": stages, **constants}
 
 
 def quant(**constants):
@@ -228,6 +244,27 @@ KERNELS = {  # module, kernel, types, constants, warps
         skinny(16, 64, 64, True, 4, FOLD=1, K_CONTIGUOUS=False),
         4,
     ),
+    "attend of Qwen3": ("attend", ATTEND, heads(8, 128, 128, 16, 32, 3, SCAN=False), 4),
+    "attend to a long cache": ("attend", ATTEND, heads(8, 80, 96, 16, 64, 3, SPLIT=False), 4),
+    "attend of DeepSeek": ("attend", ATTEND, heads(1, 192, 128, 16, 64, 2, BLOCK_D=256), 4),
+    "attend with many rows, a mask for each": (
+        "attend",
+        {**ATTEND, "mask_ptr": "*bf16"},
+        heads(8, 128, 128, 64, 64, 3, Q=8, BLOCK_M=64, SCAN=False),
+        4,
+    ),
+    "attend in float32": (
+        "attend",
+        {name: kind.replace("bf16", "fp32") for name, kind in ATTEND.items()},
+        heads(8, 256, 256, 16, 32, 2, BLOCK_D=256, BLOCK_F=256),
+        8,
+    ),
+    "put_together": (
+        "attend",
+        ATTEND,
+        {"F": 128, "INTERPRETED": False, "BLOCK_P": 128, "BLOCK_F": 64},
+        4,
+    ),
     "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),
     "all_reduce_add_rms_norm of eight": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(8), 8),
     "all_reduce_add_rms_norm of one": (
@@ -240,6 +277,7 @@ KERNELS = {  # module, kernel, types, constants, warps
 MODULES = {
     **{"route": "_route_kernel", "grouped_mm": "_grouped_mm_kernel", "quant": "_quant_kernel"},
     "grouped_mm_fp8": "_grouped_mm_fp8_kernel",
+    "attend": "_attend_kernel",
     "all_reduce_add_rms_norm": "_all_reduce_kernel",
     "down_combine": "_experts_kernel",
     "skinny_mm": "_skinny_mm_kernel",

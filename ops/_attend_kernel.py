@@ -1,0 +1,289 @@
+"""The kernels of `attend`, and the choice of their blocks.
+
+A program has one key head, up to BLOCK_R of its rows (the queries of all its query heads), and
+every so many-th block of BLOCK_S positions: each key is read once for all of them, and tensor cores
+multiply what would otherwise be 16 rows of nothing. Where several programs share a head, each
+leaves its result and the logarithm of its softmax' sum, and a second kernel puts these together.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_compile.ops._gated import rounded
+from moe_compile.ops._overlap import overlap, wait_for_previous
+
+
+@triton.jit
+def _first_and_last(  # type: ignore[no-untyped-def]
+    mask_ptr, S, split, splits, blocks, BLOCK_S: tl.constexpr
+):
+    """Of the blocks split, split + splits, ..: before which, and after which, all is closed."""
+    SCAN: tl.constexpr = 1024 // BLOCK_S
+    first = tl.full([SCAN, BLOCK_S], 1 << 30, tl.int32)
+    last = tl.full([SCAN, BLOCK_S], -1, tl.int32)
+    for start in range(split, blocks, splits * SCAN):
+        block = (start + tl.arange(0, SCAN) * splits)[:, None]
+        key = block * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+        mask = tl.load(mask_ptr + key, mask=key < S, other=0)
+        is_open = (key < S) & _is_open(mask)
+        first = tl.where(is_open, tl.minimum(first, block), first)
+        last = tl.where(is_open, block, last)
+    return tl.min(tl.min(first, 1), 0), tl.max(tl.max(last, 1), 0)
+
+
+@triton.jit
+def _is_open(mask):  # type: ignore[no-untyped-def]
+    return mask if mask.dtype == tl.int1 else mask != float("-inf")
+
+
+# What changes with the batch or the cache is not specialised on: it would compile again.
+@triton.jit(do_not_specialize=["S", "splits", "blocks", "num_rows"])
+def _attend_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    out_ptr,
+    sums_ptr,
+    S,
+    splits,
+    blocks,
+    num_rows,
+    G,
+    scale,
+    stride_qb,
+    stride_qa,
+    stride_qq,
+    stride_kb,
+    stride_kg,
+    stride_ks,
+    stride_vb,
+    stride_vg,
+    stride_vs,
+    stride_mb,
+    stride_ma,
+    stride_mq,
+    REPEATS: tl.constexpr,
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    SCAN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    batch = (tl.program_id(0) // G).to(tl.int64)
+    g = tl.program_id(0) % G
+    split = tl.program_id(1)
+    row = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    is_row = row < REPEATS * Q
+    head = g * REPEATS + row // Q
+    query = row % Q
+    d, f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    s = tl.arange(0, BLOCK_S)
+    q_ptrs = (
+        q_ptr + batch * stride_qb + (head * stride_qa + query * stride_qq)[:, None] + d[None, :]
+    )
+    q = tl.load(q_ptrs, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    k_ptr += batch * stride_kb + g.to(tl.int64) * stride_kg
+    v_ptr += batch * stride_vb + g.to(tl.int64) * stride_vg
+    mask_ptr += batch * stride_mb
+    if BLOCK_M == 1:  # all rows have the same mask
+        mask_ptr += (g * REPEATS).to(tl.int64) * stride_ma
+        mask_ptrs = mask_ptr + s[None, :]
+        has_mask_row = tl.full([1, 1], True, tl.int1)
+    else:
+        mask_ptrs = mask_ptr + (head.to(tl.int64) * stride_ma + query * stride_mq)[:, None]
+        mask_ptrs += s[None, :]
+        has_mask_row = is_row[:, None]
+
+    # Neighbouring blocks go to different splits: what is filled of a long cache is spread evenly.
+    first, last = split, blocks - 1
+    if SCAN:
+        first, last = _first_and_last(mask_ptr, S, split, splits, blocks, BLOCK_S)
+    highest = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
+    # Counted from 0: with `first` as its bound Triton loses how pointers are aligned.
+    for step in tl.range(0, (last - first) // splits + 1, num_stages=STAGES):
+        start = tl.full([], BLOCK_S, tl.int64) * (first + step * splits)
+        is_key = s < S - start
+        is_open = is_key[None, :]
+        if HAS_MASK:
+            mask = tl.load(mask_ptrs + start, mask=is_key[None, :] & has_mask_row, other=0)
+            is_open = is_open & has_mask_row & _is_open(mask)
+            is_key = tl.max(is_open.to(tl.int32), 0) > 0
+        k_ptrs = k_ptr + start * stride_ks + (s[:, None] * stride_ks + d[None, :])
+        v_ptrs = v_ptr + start * stride_vs + (s[:, None] * stride_vs + f[None, :])
+        k = tl.load(k_ptrs, mask=is_key[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=is_key[:, None] & (f < F)[None, :], other=0.0)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if HAS_MASK and mask_ptr.dtype.element_ty != tl.int1:
+            scores += mask.to(tl.float32) * 1.4426950408889634
+        scores = tl.where(is_open, scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # all closed so far
+        powers = tl.exp2(scores - base[:, None])
+        rest = tl.exp2(highest - base)
+        total = total * rest + tl.sum(powers, 1)
+        acc = tl.dot(powers.to(v.dtype), v, acc * rest[:, None], input_precision="ieee")
+        highest = higher
+
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # NaN stays NaN
+    row_of_all = (batch * Q + query) * (G * REPEATS) + head
+    is_stored = is_row[:, None] & (f < F)[None, :]
+    if SPLIT:
+        place = row_of_all * splits + split
+        tl.store(sums_ptr + place[:, None] * F + f[None, :], acc, mask=is_stored)
+        logs_ptr = sums_ptr + num_rows.to(tl.int64) * splits * F
+        tl.store(logs_ptr + place, highest + tl.log2(total), mask=is_row)
+    else:
+        acc = rounded(acc, out_ptr.dtype.element_ty, True, UPCAST)
+        out_ptrs = out_ptr + row_of_all[:, None] * F + f[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_stored)
+
+
+@triton.jit(do_not_specialize=["splits", "num_rows"])
+def _put_together_kernel(  # type: ignore[no-untyped-def]
+    sums_ptr,
+    out_ptr,
+    splits,
+    num_rows,
+    F: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The mean of the splits' results, weighted by the sums of their softmax."""
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, BLOCK_P)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    logs_ptr = sums_ptr + num_rows.to(tl.int64) * splits * F + row * splits
+    logs = tl.load(logs_ptr + split, mask=split < splits, other=float("-inf"))
+    ptrs = sums_ptr + row * splits * F + split[:, None] * F + f[None, :]
+    parts = tl.load(ptrs, mask=(split < splits)[:, None] & (f < F)[None, :], other=0.0)
+    highest = tl.max(logs, 0)
+    weights = tl.exp2(logs - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(weights, 0)
+    out = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
+    out = rounded(out, out_ptr.dtype.element_ty, True, INTERPRETED)
+    tl.store(out_ptr + row * F + f, out.to(out_ptr.dtype.element_ty), mask=f < F)
+
+
+class Blocks(NamedTuple):
+    """Rows and positions of a step, programs that share a head's positions, how Triton compiles."""
+
+    rows: int
+    positions: int
+    splits: int
+    warps: int
+    stages: int
+
+
+_PROGRAMS = 264  # two for each of the 132 SMs of an H100 or H200
+_MOST_SPLITS = 128
+
+
+def choose_blocks(heads: int, rows: int, S: int, features: int, dtype: torch.dtype) -> Blocks:
+    """Blocks for B * G key heads of so many rows, whose keys and values together have so many
+    features. By what fits the registers and the shared memory; not measured yet."""
+    is_float32 = dtype == torch.float32  # without tensor cores: twice the threads for the products
+    block_r = 16 if is_float32 else min(64, max(16, triton.next_power_of_2(rows)))
+    wanted = triton.cdiv(_PROGRAMS, heads * triton.cdiv(rows, block_r))
+    position_bytes = features * dtype.itemsize
+    positions = 64 if position_bytes <= 1024 and wanted * 64 <= S else 32
+    num_blocks = triton.cdiv(S, positions)
+    steps = triton.cdiv(num_blocks, min(wanted, _MOST_SPLITS))
+    splits = triton.cdiv(num_blocks, steps)  # no more than make as many steps each
+    stages = 3 if positions * position_bytes <= 2**15 else 2
+    return Blocks(block_r, positions, splits, 8 if is_float32 else 4, stages)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_BAQS: Tensor | None,
+    out_BAQF: Tensor,
+    scale: float,
+    blocks: Blocks | None = None,
+) -> None:
+    """Fill out, which is stored as [B, Q, A, F]: a program for each key head and split, then one
+    for each row of out, where there are several splits. The last strides of all inputs are 1."""
+    (B, A, Q, D), (G, S, F) = q.shape, v.shape[1:]
+    mask = q if mask_BAQS is None else mask_BAQS
+    stride_ma, stride_mq = mask.stride()[1:3]
+    is_shared = mask_BAQS is None or ((A == G or stride_ma == 0) and (Q == 1 or stride_mq == 0))
+    rows, num_rows = A // G * Q, B * A * Q
+    how = blocks or choose_blocks(B * G, rows, S, D + F, q.dtype)
+    sums = out_BAQF
+    if how.splits > 1:
+        sums = q.new_empty(num_rows * how.splits * (F + 1), dtype=torch.float32)
+    num_blocks = triton.cdiv(S, how.positions)
+    _attend_kernel[(B * G, how.splits, triton.cdiv(rows, how.rows))](
+        q,
+        k,
+        v,
+        mask,
+        out_BAQF,
+        sums,
+        S,
+        how.splits,
+        num_blocks,
+        num_rows,
+        G,
+        scale * math.log2(math.e),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *mask.stride()[:3],
+        REPEATS=A // G,
+        Q=Q,
+        D=D,
+        F=F,
+        HAS_MASK=mask_BAQS is not None,
+        SCAN=mask_BAQS is not None and is_shared and num_blocks > how.splits,
+        SPLIT=how.splits > 1,
+        UPCAST=not q.is_cuda,  # only the interpreter runs on the CPU; its bfloat16 dot is wrong
+        BLOCK_M=1 if is_shared else how.rows,
+        BLOCK_R=how.rows,
+        BLOCK_S=how.positions,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_F=max(16, triton.next_power_of_2(F)),
+        STAGES=how.stages,
+        num_warps=how.warps,
+        num_stages=how.stages,
+        **overlap(q),
+    )
+    if how.splits > 1:
+        BLOCK_F = min(64, triton.next_power_of_2(F))
+        _put_together_kernel[(num_rows, triton.cdiv(F, BLOCK_F))](
+            sums,
+            out_BAQF,
+            how.splits,
+            num_rows,
+            F=F,
+            INTERPRETED=not q.is_cuda,
+            BLOCK_P=triton.next_power_of_2(how.splits),
+            BLOCK_F=BLOCK_F,
+            **overlap(q),
+        )

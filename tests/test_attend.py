@@ -1,0 +1,201 @@
+import pytest
+import torch
+from helpers import FLOATS, assert_close
+
+from moe_compile.ops import moe
+from moe_compile.ops._attend_kernel import Blocks, choose_blocks
+from moe_compile.ops.attend import MOST_QUERIES, attend, attend_reference, attend_triton
+
+FUNCTIONS = [attend, attend_triton]
+SHAPES = [  # B, A, G, Q, S, D, F
+    (1, 4, 4, 1, 1, 64, 64),
+    (3, 4, 1, 1, 17, 80, 80),
+    (1, 8, 1, 1, 640, 128, 128),
+    (1, 2, 2, 1, 70, 192, 128),
+    (1, 6, 2, 3, 40, 96, 16),
+    (1, 20, 1, 4, 33, 16, 8),  # 80 rows: two blocks of them
+    (0, 4, 2, 1, 17, 64, 64),
+    (2, 4, 2, 1, 0, 64, 64),
+]
+
+
+def inputs(B, A, G, Q, S, D, F, device, dtype=torch.float32):
+    q = torch.randn(B, A, Q, D, device=device).to(dtype)
+    k = torch.randn(B, G, S, D, device=device).to(dtype)
+    return q, k, torch.randn(B, G, S, F, device=device).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_matches_reference(fn, shape, dtype, device):
+    args = inputs(*shape, device, dtype)
+    out = fn(*args)
+    assert_close(out, attend_reference, *args)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_reference_is_torch():
+    q, k, v = inputs(2, 6, 2, 3, 20, 16, 8, "cpu", torch.float64)
+    mask = torch.rand(2, 1, 3, 20) < 0.5
+    mask[..., 0] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(attend_reference(q, k, v, mask, 0.3), expected)
+
+
+MASK_SHAPES = [(2, 1, 1), (1, 4, 1), (2, 4, 2), (1, 1, 2), (1, 1, 1)]  # B, A, Q
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_masks(fn, shape, dtype, device):
+    args = inputs(2, 4, 2, 2, 50, 32, 32, device)
+    mask = torch.rand(*shape, 50, device=device) < 0.5
+    mask[-1, -1, -1] = False  # queries that may attend to nothing
+    if dtype != torch.bool:
+        mask = torch.where(mask, torch.randn(mask.shape, device=device), -torch.inf).to(dtype)
+    out = fn(*args, mask, 0.3)
+    assert (out[-1, -1, -1] == 0).all()
+    assert_close(out, attend_reference, *args, mask, 0.3)
+
+
+SEEN = {"end": slice(0, 150), "window": slice(130, 290), "one": slice(299, 300), "none": slice(0)}
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("splits", [1, 3, 10])
+def test_closed_positions_are_not_read(splits, seen, kind, device):
+    """What is in memory that nothing has been written to may be NaN."""
+    q, k, v = inputs(1, 4, 2, 1, 300, 32, 32, device)
+    mask = torch.zeros(1, 1, 1, 300, dtype=torch.bool, device=device)
+    mask[..., SEEN[seen]] = True
+    mask[..., 145] = False
+    k[:, :, ~mask[0, 0, 0]] = torch.nan
+    v[:, :, ~mask[0, 0, 0]] = torch.inf
+    if kind == "float":
+        mask = torch.where(mask, 0.0, -torch.inf)
+    blocks = Blocks(16, 32, splits, 4, 2)
+    for out in attend_triton(q, k, v, mask, blocks=blocks), attend(q, k, v, mask):
+        assert out.isfinite().all()
+        assert (out == 0).all() == (seen == "none")
+        assert_close(out, attend_reference, q, k, v, mask)
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_nan_that_is_attended_to_stays(fn, device):
+    q, k, v = inputs(1, 2, 1, 1, 100, 16, 16, device)
+    k[0, 0, 70] = torch.nan
+    assert fn(q, k, v).isnan().all()
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_strided_input(fn, device):
+    """Slices of a longer cache, one stored by positions, and a query from a fused projection."""
+    q = torch.randn(2, 1, 3, 4, 32, device=device)[:, :, 1].transpose(1, 2)
+    k = torch.randn(3, 2, 60, 32, device=device)[1:, :, 5:45]
+    v = torch.randn(2, 40, 2, 32, device=device).transpose(1, 2)
+    mask = torch.rand(2, 1, 1, 64, device=device)[..., :40] < 0.7
+    assert_close(fn(q, k, v, mask), attend_reference, q, k, v, mask)
+    q, k, mask = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, mask))
+    wide = mask[..., :1].expand(2, 1, 1, 40)
+    for m in mask, wide:
+        assert_close(fn(q, k, v, m), attend_reference, q, k, v, m)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 64, 5000])
+@pytest.mark.parametrize("positions", [1, 640, 2**17])
+def test_blocks_fill_the_machine(heads, positions):
+    blocks = choose_blocks(heads, 8, positions, 256, torch.bfloat16)
+    num_blocks = -(-positions // blocks.positions)
+    assert 1 <= blocks.splits <= min(num_blocks, 128)
+    assert blocks.splits == 1 or heads * (blocks.splits - 1) < 264
+    assert heads * blocks.splits >= min(132, heads * num_blocks, heads * 128)
+
+
+CASES = [((2, 4, 2, 1, 70, 32, 32), None), ((2, 4, 2, 2, 40, 16, 8), (2, 1, 1, 40))]
+
+
+@pytest.mark.parametrize(("shape", "mask"), CASES)
+def test_opcheck(shape, mask, device):
+    mask = None if mask is None else torch.rand(mask, device=device) < 0.5
+    torch.library.opcheck(attend, (*inputs(*shape, device), mask, 0.5))
+
+
+REAL = [  # B, A, G, Q, S, D, F
+    *[(B, 32, 4, 1, 640, 128, 128) for B in (1, 8, 64)],  # Qwen3-30B-A3B
+    *[(B, 32, 8, 1, 4096, 128, 128) for B in (1, 16)],  # Mixtral
+    (1, 64, 8, 1, 32768, 64, 64),  # gpt-oss
+    (2, 128, 128, 1, 1000, 192, 128),  # DeepSeek-V3
+    (1, 32, 4, 8, 640, 128, 128),
+    (3, 12, 3, 2, 333, 80, 96),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", REAL, ids=str)
+def test_real_sizes(shape, dtype, device):
+    args, (B, S) = inputs(*shape, device, dtype), (shape[0], shape[4])
+    assert_close(attend(*args), attend_reference, *args)
+    length = torch.randint(1, S + 1, (B, 1, 1, 1), device=device)
+    mask = torch.arange(S, device=device) < length
+    for m in mask, torch.where(mask, 0.0, -torch.inf).to(dtype):
+        assert_close(attend(*args, m), attend_reference, *args, m)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(device):
+    """Captured with one length of the cache, replayed with others."""
+    args = inputs(2, 8, 2, 1, 700, 128, 128, device, torch.bfloat16)
+    mask = torch.zeros(2, 1, 1, 700, dtype=torch.bool, device=device)
+    attend(*args, mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(*args, mask)
+    for length in 0, 1, 33, 500, 700:
+        mask.copy_(torch.arange(700, device=device) < length)
+        graph.replay()
+        assert torch.equal(out, attend(*args, mask))
+        assert_close(out, attend_reference, *args, mask)
+
+
+def wrong(**changes):
+    q, k, v = inputs(2, 4, 2, 1, 10, 16, 8, "cpu")
+    return {"q": q, "k": k, "v": v, "mask": None, **changes}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (wrong(q=torch.ones(4, 16)), r"q \[B, A, Q, D\], got \[4, 16\]"),
+        (wrong(k=torch.ones(4, 16)), r"k \[B, G, S, D\], got \[4, 16\]"),
+        (wrong(v=torch.ones(4, 16)), r"v \[B, G, S, F\], got \[4, 16\]"),
+        (wrong(q=torch.ones(2, 4, 1, 16).int()), "q in float32, .*, got torch.int32"),
+        (wrong(k=torch.ones(2, 2, 10, 16).half()), "k in q's dtype torch.float32, got .*16"),
+        (wrong(v=torch.ones(2, 2, 10, 8).half()), "v in q's dtype torch.float32, got .*16"),
+        (wrong(q=torch.ones(2, 4, 9, 16)), f"up to {MOST_QUERIES} queries, got 9"),
+        (wrong(v=torch.ones(2, 2, 10, 257)), "up to 256 features, got 257"),
+        (wrong(k=torch.ones(2, 2, 10, 8)), r"k \[2, 2, 10, 16\] for q and v, got \[2, 2, 10, 8\]"),
+        (wrong(v=torch.ones(2, 2, 9, 8)), r"k \[2, 2, 9, 16\] for q and v, got"),
+        (wrong(q=torch.ones(1, 4, 1, 16)), r"k \[1, 2, 10, 16\] for q and v, got"),
+        (wrong(q=torch.ones(2, 3, 1, 16)), "query heads in multiples of v's 2 heads, got 3"),
+        (wrong(mask=torch.ones(10)), r"mask \[B or 1, A or 1, Q or 1, S\], got \[10\]"),
+        (wrong(mask=torch.ones(1, 1, 1, 10).int()), "mask in bool, .*, got torch.int32"),
+        (wrong(mask=torch.ones(2, 2, 1, 10)), r"mask \[2 or 1, 4 or 1, 1 or 1, 10\], got"),
+        (wrong(mask=torch.ones(2, 1, 1, 1)), r"mask \[2 or 1, 4 or 1, 1 or 1, 10\], got"),
+        (wrong(mask=torch.ones(1, 1, 1, 10, device="meta")), "all tensors on one device, got"),
+    ],
+)
+def test_wrong_input(args, message):
+    """By the fake too, which is what a compile runs first."""
+    with pytest.raises(ValueError, match=f"attend: expected {message}"):
+        attend_triton(*args.values())
+    if "one device" not in message:
+        with pytest.raises(ValueError, match=f"attend: expected {message}"):
+            moe.attend(*args.values())
+        with pytest.raises(ValueError, match=f"attend: expected {message}"):
+            attend(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args.values()))

@@ -104,6 +104,7 @@ _PICKY = (
     "choose_kernels",
     "choose_linear",
     "choose_attention",
+    "read_cache",
 )
 
 

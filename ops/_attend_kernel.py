@@ -206,7 +206,9 @@ def choose_blocks(heads: int, rows: int, S: int, features: int, dtype: torch.dty
     wanted = triton.cdiv(_PROGRAMS, heads * triton.cdiv(rows, block_r))
     position_bytes = features * dtype.itemsize
     positions = 64 if position_bytes <= 1024 and wanted * 64 <= S else 32
-    splits = min(wanted, triton.cdiv(S, positions), _MOST_SPLITS)
+    num_blocks = triton.cdiv(S, positions)
+    steps = triton.cdiv(num_blocks, min(wanted, _MOST_SPLITS))
+    splits = triton.cdiv(num_blocks, steps)  # no more than make as many steps each
     stages = 3 if positions * position_bytes <= 2**15 else 2
     return Blocks(block_r, positions, splits, 8 if is_float32 else 4, stages)
 

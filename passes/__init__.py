@@ -17,6 +17,7 @@ from moe_compile.passes.fuse_all_reduce import fuse_all_reduce
 from moe_compile.passes.fuse_epilogue import fuse_epilogue
 from moe_compile.passes.hoist_constants import hoist_constants
 from moe_compile.passes.lint_collectives import lint_collectives
+from moe_compile.passes.read_cache import read_cache
 
 PASSES: tuple[Pass, ...] = (
     find_experts,
@@ -32,4 +33,5 @@ PASSES: tuple[Pass, ...] = (
     fuse_epilogue,
     choose_linear,
     choose_attention,
+    read_cache,
 )

@@ -13,7 +13,8 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 def graph_on_gpu(fn: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     """The graph of `fn` on a GPU, for passes that do nothing elsewhere; no GPU is needed."""
-    with FakeTensorMode():
+    mode = FakeTensorMode()
+    with mode:
         like = {"device": "cuda"}
         fakes = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, **like) for a in args]
 
@@ -21,7 +22,7 @@ def graph_on_gpu(fn: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         out = fn(*inputs)
         return list(out) if isinstance(out, tuple) else [out]
 
-    with torch.no_grad():
+    with torch.no_grad(), mode:  # the mode, for tensors that `fn` makes
         return make_fx(outputs)(*fakes)
 
 

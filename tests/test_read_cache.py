@@ -1,0 +1,274 @@
+"""The attention of one query reads the cache, not copies of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from helpers import graph_on_gpu
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from moe_compile.passes._graph import clean
+from moe_compile.passes.read_cache import read_cache
+from moe_compile.testing import assert_documented, capture, render, run_passes
+
+aten = torch.ops.aten
+B, A, G, S, D = 2, 8, 4, 6, 8
+
+
+def repeat(x, n=A // G):
+    """As transformers' repeat_kv does."""
+    b, g, s, d = x.shape
+    return x.unsqueeze(2).expand(b, g, n, s, d).reshape(b, g * n, s, d)
+
+
+def numbers(mask, closed, dtype=torch.bfloat16):
+    """A bool mask as torch writes it before it calls a kernel."""
+    yes, no = (torch.full([], x, dtype=dtype, device=mask.device) for x in (0.0, closed))
+    return torch.where(mask, yes, no)
+
+
+def cudnn(k, v, mask, q):
+    mask = numbers(mask, -65504.0)
+    return aten._scaled_dot_product_cudnn_attention(q, repeat(k), repeat(v), mask, False)[0]
+
+
+def efficient(k, v, mask, q):
+    """torch pads masks to the alignment that this kernel wants, and expands them."""
+    mask = aten.constant_pad_nd(numbers(mask, -torch.inf), [0, 2])
+    mask = aten.slice(mask, -1, 0, S).expand(B, A, 1, S)
+    k, v = repeat(k), repeat(v)
+    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, False)[0]
+
+
+def closed_first(k, v, is_open, q):
+    """A model's own mask: numbers where it is closed, in float32, rounded."""
+    closed = torch.full([], -torch.inf, device=q.device)
+    mask = torch.where(is_open.logical_not(), closed, 0.0).to(q.dtype)
+    return aten._scaled_dot_product_efficient_attention(q, repeat(k), repeat(v), mask, False)[0]
+
+
+def flash(k, v, q):
+    return aten._scaled_dot_product_flash_attention(q, repeat(k), repeat(v))[0]
+
+
+def inputs(groups=G, queries=1, dtype=torch.bfloat16):
+    k, v = torch.randn(2, B, groups, S, D).to(dtype)
+    mask = torch.rand(B, 1, 1, S) < 0.5
+    mask[..., 0] = True
+    return k, v, mask, torch.randn(B, A, queries, D).to(dtype)
+
+
+def rewritten(gm):
+    """The one attention that the pass made of another; nothing is left for a second run."""
+    (outcome,) = run_passes(gm, read_cache)
+    assert (len(outcome.rewrites), outcome.declined) == (1, [])
+    (again,) = run_passes(gm, read_cache)
+    assert (again.rewrites, again.declined) == ([], [])
+    (line,) = (line for line in render(gm.graph).splitlines() if "= moe_compile.attend(" in line)
+    return line
+
+
+def declined(gm):
+    (outcome,) = run_passes(gm, read_cache)
+    assert not outcome.rewrites
+    return [e.detail for e in outcome.declined]
+
+
+def documented(k, v, mask, q):
+    mask = numbers(mask, -65536.0)
+    return aten._scaled_dot_product_cudnn_attention(q, repeat(k), repeat(v), mask, False)[0]
+
+
+def test_docstring():
+    gm = graph_on_gpu(documented, *inputs())
+    clean(gm.graph)  # of the outputs that nobody reads
+    assert_documented(read_cache, gm)
+
+
+@pytest.mark.parametrize("fn", [cudnn, efficient, closed_first, flash])
+def test_same_values(fn):
+    k, v, mask, q = inputs()
+    args = (k, v, q) if fn is flash else (k, v, mask, q)
+    gm = graph_on_gpu(fn, *args)
+    rewritten(gm)
+    how = {"attn_mask": None if fn is flash else mask}
+    wide = (x.double() for x in (q, repeat(k), repeat(v)))
+    exact = F.scaled_dot_product_attention(*wide, **how)
+    eager = F.scaled_dot_product_attention(q, repeat(k), repeat(v), **how)
+    error, least = ((x.double() - exact).abs().max() for x in (gm(*args)[0], eager))
+    assert error <= 2 * least + torch.finfo(q.dtype).eps * exact.abs().max()
+
+
+def test_nothing_but_the_op_is_left():
+    gm = graph_on_gpu(efficient, *inputs())
+    rewritten(gm)
+    calls = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    assert calls == [torch.ops.moe_compile.attend.default]
+
+
+def test_decode_of_qwen3():
+    """The graph of transformers 5.17 on an H200: a static cache, written, then read."""
+
+    def decode(keys, values, position, k, v, q):
+        at = torch.arange(1, device=q.device) + position
+        keys = aten.index_put(keys, [None, None, at], k)
+        values = aten.index_put(values, [None, None, at], v)
+        places = torch.arange(S, device=q.device).reshape(1, 1, 1, S)
+        seen = (places <= at.reshape(1, 1, 1, 1)).expand(1, -1, 1, S)
+        mask = numbers(seen, -65536.0)
+        out, *_ = aten._scaled_dot_product_cudnn_attention(
+            q, repeat(keys), repeat(values), mask, False, scale=0.5
+        )
+        return out.transpose(1, 2).reshape(1, 1, -1), keys, values
+
+    keys, values, _, q = inputs()
+    k = torch.randn(1, G, 1, D).bfloat16()
+    gm = graph_on_gpu(decode, keys[:1], values[:1], torch.tensor(3), k, k, q[:1])
+    assert_expected_inline(
+        rewritten(gm),
+        """attend: bf16[1, 8, 1, 8] = moe_compile.attend(arg5_1, index_put, index_put_1, le, scale=0.5)""",  # noqa: E501
+    )
+
+
+def test_without_repetition_or_mask():
+    def plain(k, v, q):
+        return aten._scaled_dot_product_flash_attention(q, k, v, scale=0.5)[0]
+
+    for groups in A, G, 1:  # the last two as `enable_gqa` asks for them
+        k, v, _, q = inputs(groups)
+        line = rewritten(graph_on_gpu(plain, k, v, q))
+        assert line.endswith("= moe_compile.attend(arg2_1, arg0_1, arg1_1, scale=0.5)")
+
+
+def test_one_head_for_all_is_expanded_at_once():
+    def fn(k, v, q):
+        k, v = (x.expand(B, A, S, D) for x in (k, v))
+        return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    k, v, _, q = inputs(1)
+    assert rewritten(graph_on_gpu(fn, k, v, q)).endswith("(arg2_1, arg0_1, arg1_1)")
+
+
+def test_mask_of_closed_before_open_is_turned():
+    line = rewritten(graph_on_gpu(closed_first, *inputs()))
+    assert line.endswith("attend(arg3_1, arg0_1, arg1_1, logical_not_1)")
+
+
+def test_other_masks_are_added():
+    def fn(k, v, mask, q):
+        mask = mask.expand(B, A, 1, S)
+        return aten._scaled_dot_product_efficient_attention(q, k, v, mask, False)[0]
+
+    k, v, mask, q = inputs()
+    bias = torch.randn(1, A, 1, S).bfloat16()
+    line = rewritten(graph_on_gpu(fn, k, v, bias, q))
+    assert line.endswith("attend(arg3_1, arg0_1, arg1_1, arg2_1)")
+
+    def finite(k, v, mask, q):
+        """Finite numbers of a model's own close nothing where all are closed."""
+        mask = numbers(mask, torch.finfo(q.dtype).min)
+        return aten._scaled_dot_product_efficient_attention(q, k, v, mask, False)[0]
+
+    line = rewritten(graph_on_gpu(finite, k, v, mask, q))
+    assert line.endswith("attend(arg3_1, arg0_1, arg1_1, where)")
+
+
+def test_what_only_looks_like_a_repetition_is_read_as_it_is():
+    def tiled(k, v, q):
+        """Head h reads h % G, not h // (A / G)."""
+        k, v = (x.unsqueeze(1).expand(B, 2, G, S, D).reshape(B, A, S, D) for x in (k, v))
+        return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    def only_keys(k, v, q):
+        return aten._scaled_dot_product_flash_attention(q, repeat(k), v)[0]
+
+    k, v, _, q = inputs()
+    line = rewritten(graph_on_gpu(tiled, k, v, q))
+    assert line.endswith("attend(arg2_1, _unsafe_view, _unsafe_view_1)")
+    line = rewritten(graph_on_gpu(only_keys, k, inputs(A)[1], q))
+    assert line.endswith("attend(arg2_1, _unsafe_view, arg1_1)")
+
+
+def attention(**how):
+    def fn(k, v, q):
+        return aten._scaled_dot_product_flash_attention(q, k, v, **how)[0]
+
+    return fn
+
+
+def reads_the_logsumexp(k, v, q):
+    out, logsumexp, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, logsumexp
+
+
+def test_near_misses():
+    k, v, mask, q = inputs()
+    causal = graph_on_gpu(attention(is_causal=True), k, v, q)
+    assert declined(causal) == ["a causal mask"]
+    dropout = graph_on_gpu(attention(dropout_p=0.5), k, v, q)
+    assert declined(dropout) == ["dropout"]
+    others = "another output than the attention's is read"
+    assert declined(graph_on_gpu(reads_the_logsumexp, k, v, q)) == [others]
+    wide = [torch.cat([x] * 40, -1) for x in (k, v, q)]
+    assert declined(graph_on_gpu(attention(), *wide)) == ["heads of 320 and 320 features"]
+    double = [x.double() for x in (k, v, q)]
+    assert declined(graph_on_gpu(attention(), *double)) == ["dtypes torch.float64"]
+    odd = [torch.cat([x] * 3, 1)[:, :3] for x in (k, v)]
+    assert declined(graph_on_gpu(attention(), *odd, q)) == ["8 query heads over 3 heads of keys"]
+    one = [x[:1] for x in (k, v)]
+    assert declined(graph_on_gpu(attention(), *one, q)) == ["keys and values that broadcast"]
+
+    def flat(k, v, mask, q):
+        return aten._scaled_dot_product_efficient_attention(q, k, v, mask, False)[0]
+
+    flat_mask = numbers(mask[:, 0], -torch.inf)
+    assert declined(graph_on_gpu(flat, k, v, flat_mask, q)) == ["a mask of [2, 1, 6]"]
+
+
+def test_several_queries_are_not_looked_at():
+    k, v, _, q = inputs(queries=2)
+    assert declined(graph_on_gpu(attention(), k, v, q)) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the pass is for GPUs")
+def test_a_cpu_is_left_alone():
+    k, v, mask, q = inputs()
+    assert declined(capture(F.scaled_dot_product_attention, q, repeat(k), repeat(v), mask)) == []
+
+
+def test_dynamic_batch():
+    """Sizes that are not known are compared by their symbols."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode, torch.no_grad():
+        b = mode.from_tensor(torch.empty(5, 3)).shape[0]
+        like = {"device": "cuda", "dtype": torch.bfloat16}
+        k, v = (torch.empty(b, G, S, D, **like) for _ in range(2))
+        q = torch.empty(b, A, 1, D, **like)
+        mask = torch.empty(b, 1, 1, S, dtype=torch.bool, device="cuda")
+        gm = make_fx(lambda *args: [cudnn(*args)], tracing_mode="symbolic")(k, v, mask, q)
+    assert rewritten(gm).endswith("attend(arg3_1, arg0_1, arg1_1, arg2_1)")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+def test_on_a_gpu(masked, dtype, device):
+    """Whichever kernel torch chooses for a static cache."""
+    k, v = torch.randn(2, 2, 4, 301, 128, device=device).to(dtype)
+    q = torch.randn(2, 32, 1, 128, device=device).to(dtype)
+    mask = torch.arange(301, device=device).expand(2, 1, 1, 301) < 40
+
+    def fn(q, k, v, mask):
+        k, v = repeat(k, 8), repeat(v, 8)
+        return F.scaled_dot_product_attention(q, k, v, mask if masked else None)
+
+    gm = capture(fn, q, k, v, mask)
+    (outcome,) = run_passes(gm, read_cache)
+    assert len(outcome.rewrites) == 1
+    out = torch.compile(fn, backend="moe_compile")(q, k, v, mask)
+    exact = fn(q.double(), k.double(), v.double(), mask)
+    eager = (fn(q, k, v, mask).double() - exact).abs().max()
+    error = (out.double() - exact).abs().max()
+    assert error <= 2 * eager + torch.finfo(dtype).eps * exact.abs().max()

@@ -1,0 +1,113 @@
+"""Which blocks the two kernels of few tokens should take: python benchmarks/sweep_experts.py
+
+The whole of `experts` for one token, and few: candidates from fastest to slowest beside the stages
+that it replaces and the time of reading the weights. With and without programmatic dependent
+launch, and the second kernel's prefetch. The choice is written into `ops/_experts_kernel.py` by
+hand, with the numbers.
+"""
+
+import argparse
+import functools
+import itertools
+from typing import Any
+
+import torch
+from bench_layer_fp8 import weights_fp8
+from bench_ops import LAYERS, microseconds, roofs, routings, weights
+from torch import Tensor
+
+from moe_compile.ops import _experts_kernel, _overlap, moe
+from moe_compile.ops._experts_kernel import FewBlocks, launch_few, launch_few_fp8
+from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
+
+UP = [Blocks(1, n, k, 1, w, s) for n, k, w, s in [(16, 256, 4, 3), (16, 256, 2, 3), (8, 256, 2, 3)]]
+UP += [
+    Blocks(1, n, k, 1, w, s) for n, k, w, s in [(16, 256, 4, 1), (8, 512, 4, 3), (16, 512, 8, 3)]
+]
+UP += [
+    Blocks(1, n, k, 1, w, s) for n, k, w, s in [(4, 512, 2, 3), (8, 1024, 8, 2), (4, 1024, 4, 1)]
+]
+DOWN = [(256, 4, 4, 3), (256, 4, 4, 1), (256, 2, 4, 1), (256, 8, 8, 3), (128, 8, 4, 3)]
+DOWN += [(256, 2, 2, 1), (256, 1, 2, 1), (512, 2, 4, 1), (256, 8, 8, 1), (128, 4, 4, 1)]
+DOWN += [(256, 16, 4, 3), (512, 8, 4, 3), (512, 8, 4, 2), (512, 4, 4, 3), (1024, 4, 4, 3)]
+UP_FP8 = [Blocks(16, n, 0, 1, w, s) for n, w, s in [(64, 4, 4), (64, 4, 6), (32, 2, 6), (32, 4, 6)]]
+UP_FP8 += [Blocks(1, n, 0, 1, w, s) for n, w, s in [(16, 2, 3), (16, 2, 1), (32, 4, 3), (8, 2, 3)]]
+DOWN_FP8 = [(128, o, w, s) for o, w, s in itertools.product((2, 4, 8, 16), (2, 4, 8), (1, 3))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["qwen3", "mixtral", "deepseek_v3"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float8"])
+    args = parser.parse_args()
+    with torch.inference_mode():
+        for model, dtype in itertools.product(args.models, args.dtypes):
+            for T in args.tokens:
+                sweep(model, T, dtype == "float8")
+                torch.cuda.empty_cache()
+
+
+def sweep(model: str, T: int, fp8: bool) -> None:
+    layer = LAYERS[model]
+    w: Any = weights_fp8(layer, layer.E) if fp8 else weights(layer)
+    x = torch.randn(T, layer.H, device="cuda", dtype=torch.bfloat16)
+    pairs = []
+    for logits in routings(layer, T, 16):
+        pairs.append(moe.route(logits[:, : layer.E].contiguous(), layer.K, *layer.route))
+    out = torch.empty_like(x)
+    read, _ = roofs()
+    per_expert = sum((v[0] if fp8 else v)[0].nbytes for v in w)
+    floor = sum(ids.unique().numel() for _, ids in pairs) / len(pairs) * per_expert / read
+    print(f"{model} {'float8' if fp8 else 'bfloat16'} T={T}: floor {floor:.2f} us", flush=True)
+
+    def time(up: Blocks | None, down: FewBlocks | None) -> float:
+        if fp8:
+            q = moe.quant_fp8(x)
+            calls = [
+                functools.partial(
+                    launch_few_fp8, *q, ids, weight, *w, out, x.dtype, Gate(), (1e-10, False),
+                    up, down,
+                )
+                for weight, ids in pairs
+            ]  # fmt: skip
+        else:
+            calls = [
+                functools.partial(launch_few, x, ids, s, *w, out, None, None, Gate(), up, down)
+                for s, ids in pairs
+            ]
+        return microseconds(calls * 2, 9)
+
+    kept = _overlap.overlap
+    for label, pdl, ahead in (("plain", False, False), ("PDL", True, False), ("all", True, True)):
+        replaced = kept if pdl else without_overlap
+        _experts_kernel.PREFETCH = ahead
+        for module in MODULES:
+            module.overlap = replaced
+        print(f"    {label}: {time(None, None):.2f} us with the blocks chosen", flush=True)
+    for name, candidates in (("up", UP_FP8 if fp8 else UP), ("down", DOWN_FP8 if fp8 else DOWN)):
+        found = []
+        for one in candidates:
+            try:
+                down = FewBlocks(*one) if name == "down" else None
+                found.append((time(None if down else one, down), tuple(one)))
+            except Exception as error:
+                print("   ", one, type(error).__name__)
+        for us, one in sorted(found)[:6]:
+            print(f"    {name} {us:8.2f} us {100 * floor / us:5.1f} %  {one}", flush=True)
+
+
+def without_overlap(x: Tensor) -> dict[str, bool]:
+    return {"PDL": False}
+
+
+def _modules() -> list[Any]:
+    from moe_compile.ops import _grouped_mm_fp8_kernel, _grouped_mm_kernel
+
+    return [_experts_kernel, _grouped_mm_kernel, _grouped_mm_fp8_kernel]
+
+
+MODULES = _modules()
+
+if __name__ == "__main__":
+    main()

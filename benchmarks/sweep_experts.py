@@ -20,12 +20,11 @@ from moe_compile.ops import _experts_kernel, _overlap, moe
 from moe_compile.ops._experts_kernel import FewBlocks, launch_few, launch_few_fp8
 from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
 
-UP = [Blocks(1, n, k, 1, w, s) for n, k, w, s in [(16, 256, 4, 3), (16, 256, 2, 3), (8, 256, 2, 3)]]
-UP += [
-    Blocks(1, n, k, 1, w, s) for n, k, w, s in [(16, 256, 4, 1), (8, 512, 4, 3), (16, 512, 8, 3)]
-]
-UP += [
-    Blocks(1, n, k, 1, w, s) for n, k, w, s in [(4, 512, 2, 3), (8, 1024, 8, 2), (4, 1024, 4, 1)]
+UP = [
+    *(Blocks(1, 16, 256, 1, w, s) for w, s in [(4, 3), (2, 3), (4, 1)]),
+    *(Blocks(1, 8, k, 1, w, s) for k, w, s in [(256, 2, 3), (512, 4, 3), (1024, 8, 2)]),
+    *(Blocks(1, 4, k, 1, w, s) for k, w, s in [(512, 2, 3), (1024, 4, 1)]),
+    Blocks(1, 16, 512, 1, 8, 3),
 ]
 DOWN = [(256, 4, 4, 3), (256, 4, 4, 1), (256, 2, 4, 1), (256, 8, 8, 3), (128, 8, 4, 3)]
 DOWN += [(256, 2, 2, 1), (256, 1, 2, 1), (512, 2, 4, 1), (256, 8, 8, 1), (128, 4, 4, 1)]

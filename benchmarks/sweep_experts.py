@@ -2,8 +2,7 @@
 
 The whole of `experts` for one token, and few: candidates from fastest to slowest beside the stages
 that it replaces and the time of reading the weights. With and without programmatic dependent
-launch, and the second kernel's prefetch. The choice is written into `ops/_experts_kernel.py` by
-hand, with the numbers.
+launch. The choice is written into `ops/_experts_kernel.py` by hand, with the numbers.
 """
 
 import argparse
@@ -26,12 +25,13 @@ UP = [
     *(Blocks(1, 4, k, 1, w, s) for k, w, s in [(512, 2, 3), (1024, 4, 1)]),
     Blocks(1, 16, 512, 1, 8, 3),
 ]
-DOWN = [(256, 4, 4, 3), (256, 4, 4, 1), (256, 2, 4, 1), (256, 8, 8, 3), (128, 8, 4, 3)]
-DOWN += [(256, 2, 2, 1), (256, 1, 2, 1), (512, 2, 4, 1), (256, 8, 8, 1), (128, 4, 4, 1)]
-DOWN += [(256, 16, 4, 3), (512, 8, 4, 3), (512, 8, 4, 2), (512, 4, 4, 3), (1024, 4, 4, 3)]
+DOWN = [(256, o, w, s) for o, w, s in itertools.product((4, 8), (4, 8), (1, 2, 3))]
+DOWN += [(256, 2, 4, 1), (256, 2, 2, 2), (256, 16, 8, 2), (128, 8, 4, 3), (128, 16, 4, 3)]
+DOWN += [(512, 8, 4, 3), (512, 8, 8, 3), (512, 4, 4, 3), (1024, 4, 4, 3), (1024, 4, 8, 3)]
 UP_FP8 = [Blocks(16, n, 0, 1, w, s) for n, w, s in [(64, 4, 4), (64, 4, 6), (32, 2, 6), (32, 4, 6)]]
 UP_FP8 += [Blocks(1, n, 0, 1, w, s) for n, w, s in [(16, 2, 3), (16, 2, 1), (32, 4, 3), (8, 2, 3)]]
-DOWN_FP8 = [(128, o, w, s) for o, w, s in itertools.product((2, 4, 8, 16), (2, 4, 8), (1, 3))]
+DOWN_FP8 = [(128, o, w, s) for o, w, s in itertools.product((4, 8, 16), (2, 4), (1, 3))]
+DOWN_FP8 += [(256, 8, 4, 3), (256, 16, 8, 3), (512, 8, 4, 3), (512, 4, 4, 3), (1024, 4, 4, 3)]
 
 
 def main() -> None:
@@ -77,13 +77,12 @@ def sweep(model: str, T: int, fp8: bool) -> None:
             ]
         return microseconds(calls * 2, 9)
 
-    kept = _overlap.overlap
-    for label, pdl, ahead in (("plain", False, False), ("PDL", True, False), ("all", True, True)):
-        replaced = kept if pdl else without_overlap
-        _experts_kernel.PREFETCH = ahead
+    for replaced in (without_overlap, _overlap.overlap):
         for module in MODULES:
             module.overlap = replaced
-        print(f"    {label}: {time(None, None):.2f} us with the blocks chosen", flush=True)
+        print(
+            f"    {replaced.__name__}: {time(None, None):.2f} us with the blocks chosen", flush=True
+        )
     for name, candidates in (("up", UP_FP8 if fp8 else UP), ("down", DOWN_FP8 if fp8 else DOWN)):
         found = []
         for one in candidates:

@@ -16,10 +16,8 @@ from torch import Tensor
 from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
 from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
 from moe_compile.ops._grouped_mm_kernel import launch as launch_grouped_mm
-from moe_compile.ops._overlap import overlap, prefetch, wait_for_previous
+from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._quant_kernel import quantized, to_e4m3
-
-PREFETCH = True
 
 
 class FewBlocks(NamedTuple):
@@ -77,10 +75,10 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     BLOCK_F: tl.constexpr,
     BLOCK_O: tl.constexpr,
     STAGES: tl.constexpr,
-    LINES: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    FOLD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     num_columns = tl.cdiv(C, BLOCK_O)
     token = (tl.program_id(0) // num_columns).to(tl.int64)
     cols = (tl.program_id(0) % num_columns) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -88,23 +86,19 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     expert = tl.load(ids_ptr + token * K + k, mask=k < K, other=-1).to(tl.int64)
     owned = (expert >= 0) & (expert < E)
     weight = tl.load(weights_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
-    # The kernel before, the first product's, lets this one start when the ids are there.
-    lines = tl.arange(0, LINES) * (128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8))
-    early = w_ptr + expert[:, None, None] * stride_we + lines[None, :, None]
-    early += cols.to(tl.int64)[None, None, :] * stride_wo
-    inside = (lines < F)[None, :, None] & (cols < C)[None, None, :]
-    prefetch(tl.where(owned[:, None, None] & inside, early, w_ptr), PREFETCH)
-    wait_for_previous(PDL)
     f = tl.arange(0, BLOCK_F)
     h_ptrs = h_ptr + (token * K + k)[:, None, None] * F + f[None, :, None]
     w_ptrs = w_ptr + expert[:, None, None] * stride_we + f[None, :, None]
     w_ptrs += cols.to(tl.int64)[None, None, :] * stride_wo
     h_mask = owned[:, None, None]
     w_mask = h_mask & (cols < C)[None, None, :]
-    if FP8:  # BLOCK_F is 128, and BLOCK_O divides it: a scale for each expert
+    if FP8:  # BLOCK_O divides 128: a scale for each expert and group of features
         column = ((tl.program_id(0) % num_columns) * BLOCK_O) // 128
-        ws_ptrs = ws_ptr + expert * stride_wse + column * stride_wsg
-    sums = tl.zeros([BLOCK_K, BLOCK_F, BLOCK_O], tl.float32)
+        groups = tl.arange(0, BLOCK_F // 128)
+        ws_ptrs = ws_ptr + (expert * stride_wse + column * stride_wsg)[:, None]
+        ws_ptrs += groups[None, :] * stride_wsk
+    # Of each FOLD neighbours along F, which one thread has read at once, it keeps one sum.
+    sums = tl.zeros([BLOCK_K, BLOCK_F // FOLD, BLOCK_O], tl.float32)
     for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
         if EVEN:
             h = tl.load(h_ptrs, mask=h_mask, other=0.0)
@@ -115,17 +109,12 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
             w = tl.load(w_ptrs, mask=w_mask & inside, other=0.0)
         h = h.to(tl.float32)
         if FP8:
-            q, scale = quantized(
-                tl.trans(h, 0, 2, 1), amax_floor, 0.0,
-                POWER_OF_TWO, False, False, INTERPRETED, INTERPRETED,
-            )  # fmt: skip
-            if INTERPRETED:
-                q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
-            q = to_e4m3(q, w_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
-            scale *= tl.load(ws_ptrs, mask=owned, other=0.0)[:, None]
-            h = tl.trans(q * scale[:, :, None], 0, 2, 1)
-            ws_ptrs += stride_wsk
-        sums += h * w.to(tl.float32)
+            has_group = owned[:, None] & (start + groups * 128 < F)[None, :]
+            ws = tl.load(ws_ptrs, mask=has_group, other=0.0)
+            ws_ptrs += (BLOCK_F // 128) * stride_wsk
+            h = requantized(h, ws, w_ptr.dtype.element_ty, amax_floor, POWER_OF_TWO, INTERPRETED)
+        product = tl.reshape(h * w.to(tl.float32), [BLOCK_K, BLOCK_F // FOLD, FOLD, BLOCK_O])
+        sums += tl.sum(product, 2)
         h_ptrs += BLOCK_F
         w_ptrs += BLOCK_F
     y = tl.sum(sums, 1)
@@ -134,6 +123,21 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
         y += tl.load(bias_ptrs, mask=owned[:, None] & (cols < C)[None, :], other=0.0).to(tl.float32)
     out = tl.sum(tl.where(owned, weight, 0.0)[:, None] * y, 0)
     tl.store(out_ptr + token * C + cols, out, mask=cols < C)
+
+
+@triton.jit
+def requantized(  # type: ignore[no-untyped-def]
+    h, ws, dtype, amax_floor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """h [K, F, 1] as float8 keeps its groups of 128, times the scales ws [K, F // 128]."""
+    groups = tl.reshape(h, [h.shape[0], h.shape[1] // 128, 128])
+    q, scale = quantized(
+        groups, amax_floor, 0.0, POWER_OF_TWO, False, False, INTERPRETED, INTERPRETED
+    )
+    if INTERPRETED:
+        q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
+    q = to_e4m3(q, dtype, INTERPRETED).to(tl.float32)
+    return tl.reshape(q * (scale * ws)[:, :, None], h.shape)
 
 
 def launch_few(
@@ -206,7 +210,6 @@ def _launch_down(
 ) -> None:
     (T, K), (E, F, C) = ids_TK.shape, w_EFO.shape
     blocks = blocks or choose_few_blocks(F, triton.next_power_of_2(K))
-    pdl = overlap(h_RF)
     down_combine_kernel[(T * triton.cdiv(C, blocks.o),)](
         h_RF,
         ids_TK,
@@ -234,7 +237,6 @@ def _launch_down(
         STAGES=blocks.stages,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        LINES=triton.next_power_of_2(min(64, triton.cdiv(F * w_EFO.element_size(), 128))),
-        PREFETCH=PREFETCH and pdl["PDL"],
-        **pdl,
+        FOLD=16 // w_EFO.element_size(),  # what a thread reads at once
+        **overlap(h_RF),
     )

@@ -18,6 +18,7 @@ from moe_compile.ops._overlap import overlap, prefetch, wait_for_previous
 MOST_ROWS = 16  # as the tensor cores multiply at once
 MOST_ROWS_OF_SUMS = 4  # each row has sums of its own in the registers of every thread
 MOST_WEIGHTS = 4
+PREFETCH = False
 SMS = 132  # of an H100 or H200
 
 
@@ -272,7 +273,7 @@ def launch(
         num_warps=blocks.warps,
         num_stages=blocks.stages,
         LINES=min(64, triton.next_power_of_2(triton.cdiv(K * x.itemsize, 128)))
-        if k_contiguous
+        if k_contiguous and PREFETCH
         else 0,
         **overlap(x),
     )

@@ -114,7 +114,7 @@ def down_combine(k, f, o, stages, **constants):
     """The constants of `down_combine_kernel`."""
     shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
     flags = {"HAS_BIAS": True, "EVEN": True, "FP8": False, "POWER_OF_TWO": False}
-    return {**shape, **flags, "INTERPRETED": False, "LINES": 16, "PREFETCH": True, **constants}
+    return {**shape, **flags, "INTERPRETED": False, "FOLD": 8, **constants}
 
 
 def exchange(ranks, **constants):
@@ -199,7 +199,7 @@ KERNELS = {  # module, kernel, types, constants, warps
     "down_combine of float8": (
         "down_combine",
         {**DOWN_COMBINE, "w_ptr": "*fp8e4nv"},
-        down_combine(8, 128, 8, 3, FP8=True, HAS_BIAS=False),
+        down_combine(8, 128, 8, 3, FP8=True, FOLD=16, HAS_BIAS=False),
         4,
     ),
     "down_combine of Mixtral": ("down_combine", DOWN_COMBINE, down_combine(2, 512, 8, 3), 4),

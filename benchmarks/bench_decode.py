@@ -25,12 +25,15 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, StaticCache
 
-VARIANTS = {  # name: experts implementation, backend, mode
+import moe_compile
+
+VARIANTS = {  # name: experts implementation, backend, mode; "float8" quantises, and comes last
     "inductor reduce-overhead grouped_mm": ("grouped_mm", "inductor", "reduce-overhead"),
     "inductor reduce-overhead batched_mm": ("batched_mm", "inductor", "reduce-overhead"),
     "inductor max-autotune batched_mm": ("batched_mm", "inductor", "max-autotune"),
     "moe_compile reduce-overhead": ("grouped_mm", "moe_compile", "reduce-overhead"),
     "moe_compile max-autotune": ("grouped_mm", "moe_compile", "max-autotune"),
+    "moe_compile float8 reduce-overhead": ("moe_compile", "moe_compile", "reduce-overhead"),
 }
 DEFAULT = ["inductor reduce-overhead grouped_mm", "moe_compile reduce-overhead"]
 
@@ -60,6 +63,9 @@ def main() -> None:
             bar.set_description(f"batch {batch}, {name}")
             form, backend, mode = VARIANTS[name]
             torch._dynamo.reset()
+            if "float8" in name:
+                model = moe_compile.quantize(model)
+                floor = bytes_per_step(model, batch, options) / rate
             model.set_experts_implementation(form)
             mode = mode if options.device == "cuda" else None
             compiled = torch.compile(model, backend=backend, mode=mode, fullgraph=True)

@@ -80,9 +80,7 @@ def sweep(model: str, T: int, fp8: bool) -> None:
     for replaced in (without_overlap, _overlap.overlap):
         for module in MODULES:
             module.overlap = replaced
-        print(
-            f"    {replaced.__name__}: {time(None, None):.2f} us with the blocks chosen", flush=True
-        )
+        print(f"    {replaced.__name__}, blocks as chosen: {time(None, None):.2f} us", flush=True)
     for name, candidates in (("up", UP_FP8 if fp8 else UP), ("down", DOWN_FP8 if fp8 else DOWN)):
         found = []
         for one in candidates:

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -50,7 +51,12 @@ def _has_pdl(device: int) -> bool:
 
 
 def overlap(x: Tensor) -> dict[str, Any]:
-    """Arguments for the launch of a kernel that begins with `wait_for_previous`."""
-    if x.is_cuda and torch.version.cuda and _has_pdl(x.device.index):
+    """Arguments for the launch of a kernel that begins with `wait_for_previous`.
+
+    None where Inductor launches its own kernels so: it proves what they may read early from what
+    it knows of the kernels before, and it does not know that ours let others start.
+    """
+    theirs = inductor_config.triton.enable_pdl
+    if x.is_cuda and torch.version.cuda and not theirs and _has_pdl(x.device.index):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}

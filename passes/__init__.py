@@ -7,6 +7,7 @@ from moe_compile.passes._outcome import Pass
 from moe_compile.passes.choose_attention import choose_attention
 from moe_compile.passes.choose_kernels import choose_kernels
 from moe_compile.passes.choose_linear import choose_linear
+from moe_compile.passes.count_together import count_together
 from moe_compile.passes.drop_marks import drop_marks
 from moe_compile.passes.elide_all_reduces import elide_all_reduces
 from moe_compile.passes.find_activation import find_activation
@@ -33,5 +34,6 @@ PASSES: tuple[Pass, ...] = (
     fuse_epilogue,
     choose_linear,
     choose_attention,
+    count_together,
     read_cache,
 )

@@ -41,12 +41,19 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """The versions that decide the numbers."""
     names = ("torch", "triton", "transformers")
-    return {name: importlib.metadata.version(name) for name in names}
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def command() -> str:
-    """The command line without where its results go."""
+    """The command line without paths of the machine: where results go, what they stand beside."""
     words = list(sys.argv)
-    if "--out" in words:
-        del words[words.index("--out") : words.index("--out") + 2]
+    for option in {"--out", "--peers"} & set(words):
+        del words[words.index(option) : words.index(option) + 2]
     return " ".join(["python", f"benchmarks/{Path(words[0]).name}", *words[1:]])

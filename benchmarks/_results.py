@@ -5,13 +5,16 @@ import datetime
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 FOLDER = Path(__file__).parent / "results"
+Rows = list[dict[str, str]]  # of a CSV
+LAYERS = {"mixtral": "Mixtral", "qwen3": "Qwen3-30B-A3B", "dsv3_ep8": "DeepSeek-V3, 32 experts"}
+DTYPES = {"bf16": "bfloat16", "fp8": "float8"}
 
 
 def write(rows: Sequence[Mapping[str, Any]], stem: str, folder: Path = FOLDER, **more: Any) -> Path:
@@ -28,6 +31,32 @@ def write(rows: Sequence[Mapping[str, Any]], stem: str, folder: Path = FOLDER, *
     return path
 
 
+def read(path: Path) -> Rows:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise SystemExit(f"{path}: expected rows, got none")
+    return rows
+
+
+def newest(folder: Path, kinds: Iterable[str]) -> list[Path]:
+    """The last CSV of each kind that has one, by the date in its name."""
+    found = [sorted(folder.glob(f"*_{kind}.csv"), key=_date) for kind in kinds]
+    return [paths[-1] for paths in found if paths]
+
+
+def _date(path: Path) -> str:
+    return path.stem.split("_")[1]
+
+
+def about(rows: Rows) -> str:
+    """Which machine, with what, and when, as the CSV says."""
+    row = rows[0]
+    parts = [row.get("machine", "")]
+    parts += [f"{name} {row[name.lower()]}" for name in ("torch", "Triton") if name.lower() in row]
+    return ", ".join(part for part in (*parts, row.get("date", "")) if part)
+
+
 def machine() -> str:
     """The GPU's name, or the CPU's with the number of threads in use."""
     if torch.cuda.is_available():
@@ -41,12 +70,19 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """The versions that decide the numbers."""
     names = ("torch", "triton", "transformers")
-    return {name: importlib.metadata.version(name) for name in names}
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def command() -> str:
-    """The command line without where its results go."""
+    """The command line without paths of the machine: where results go, what they stand beside."""
     words = list(sys.argv)
-    if "--out" in words:
-        del words[words.index("--out") : words.index("--out") + 2]
+    for option in {"--out", "--peers"} & set(words):
+        del words[words.index(option) : words.index(option) + 2]
     return " ".join(["python", f"benchmarks/{Path(words[0]).name}", *words[1:]])

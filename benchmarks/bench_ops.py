@@ -51,21 +51,26 @@ def _read_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-
 
 def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:
     """The median time of one call, replayed from a CUDA graph that makes them all in turn."""
+    return statistics.median(times(calls, replays))
+
+
+def times(calls: Sequence[Callable[[], Any]], replays: int) -> list[float]:
+    """Microseconds of one call in each replay of that graph."""
     calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    found = []
     for _ in range(replays + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times[2:])
+        found.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return found[2:]
 
 
 @functools.cache

@@ -303,7 +303,7 @@ def launch(
         STAGES=blocks.stages,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        **overlap(x_NH),
+        **overlap(x_NH, min(R, E) * H * G),
     )
 
 

@@ -20,6 +20,11 @@ import triton.language as tl
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
+# One H200, us without and with: silu_mul_quant of 8 rows of 2048 1.44 and 1.07; of 8192 rows (84
+# MB) 22.8 and 22.6, of 65,536 (671 MB) 158.5 and 165.6; experts of one token, Qwen3-30B-A3B (76 MB)
+# 23.0 and 23.7, Mixtral (704 MB) 166 and 204. A decode step of 6 layers of Qwen3: 559 and 524.
+MOST_BYTES = 2**26
+
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -31,32 +36,21 @@ def wait_for_previous(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
 
 
-@triton.jit
-def prefetch(ptrs, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Have lines of memory brought to L2, which keeps them right whoever writes them later."""
-    if PDL:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // dummy $0",
-            "=r,l",
-            [ptrs.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
 @functools.cache
 def _has_pdl(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def overlap(x: Tensor) -> dict[str, Any]:
+def overlap(x: Tensor, size: int = 0) -> dict[str, Any]:
     """Arguments for the launch of a kernel that begins with `wait_for_previous`.
 
+    size: bytes that the kernel moves. Long ones end better alone: programs that wait take the place
+    of those that still read.
     None where Inductor launches its own kernels so: it proves what they may read early from what
     it knows of the kernels before, and it does not know that ours let others start.
     """
-    theirs = inductor_config.triton.enable_pdl
-    if x.is_cuda and torch.version.cuda and not theirs and _has_pdl(x.device.index):
+    if not x.is_cuda or not torch.version.cuda or size > MOST_BYTES:
+        return {"PDL": False}
+    if not inductor_config.triton.enable_pdl and _has_pdl(x.device.index):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}

@@ -230,7 +230,7 @@ def launch(
         BLOCK_R=rows,
         GROUPS=columns // group,
         num_warps=warps,
-        **overlap(x_RX),
+        **overlap(x_RX, R * F * (2 * x_RX.element_size() + 1)),
     )
 
 

@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_compile.ops._overlap import overlap, prefetch, wait_for_previous
+from moe_compile.ops._overlap import overlap, wait_for_previous
 
 MOST_ROWS = 16  # as the tensor cores multiply at once
 MOST_ROWS_OF_SUMS = 4  # each row has sums of its own in the registers of every thread
 MOST_WEIGHTS = 4
-PREFETCH = False
 SMS = 132  # of an H100 or H200
 
 
@@ -175,7 +174,6 @@ def skinny_mm_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # The programs of a weight come after those of the weights before it.
@@ -200,10 +198,6 @@ def skinny_mm_kernel(  # type: ignore[no-untyped-def]
         w_ptrs = w_ptr + k[:, None] * stride_w + cols[None, :]
         w_step = stride_w * BLOCK_K
     w_mask = (cols < N)[None, :]
-    if LINES > 0:  # no kernel before writes weights: their way from memory can begin
-        at = tl.arange(0, LINES)[:, None] * (128 // (dtype.primitive_bitwidth // 8))
-        early = w_ptr + at + cols[None, :] * stride_w
-        prefetch(tl.where((at < K) & w_mask, early, w_ptr), PDL)
     wait_for_previous(PDL)
     bias = tl.zeros([BLOCK_N], tl.float32)
     if HAS_BIAS:
@@ -274,9 +268,6 @@ def launch(
         STAGES=blocks.stages,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        LINES=min(64, triton.next_power_of_2(triton.cdiv(K * x.itemsize, 128)))
-        if k_contiguous and PREFETCH
-        else 0,
-        **overlap(x),
+        **overlap(x, sum(w.nbytes for w in ws)),
     )
     return ys

@@ -87,7 +87,7 @@ def combine_triton(
         y_RH.stride(0),
         K=K,
         BLOCK_H=BLOCK_H,
-        **overlap(y_RH),
+        **overlap(y_RH, y_RH.nbytes),
     )
     return out_TH
 

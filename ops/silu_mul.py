@@ -98,7 +98,7 @@ def silu_mul_triton(
         HAS_LIMIT=limit is not None,
         INTERPRETED=not x_RG.is_cuda,
         BLOCK_F=BLOCK_F,
-        **overlap(x_RG),
+        **overlap(x_RG, 3 * y_RF.nbytes),
     )
     return y_RF
 

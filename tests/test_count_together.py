@@ -6,7 +6,6 @@ from moe_compile.passes._graph import aten
 from moe_compile.passes.count_together import count_together
 from moe_compile.testing import assert_documented, capture, render, run_passes
 
-
 copy_ = aten.copy_.default  # without the device guard of Tensor.copy_
 
 

@@ -140,7 +140,7 @@ def skinny(rows, n, k, dot, stages, **constants):
     """The constants of `skinny_mm_kernel` with the blocks that `choose_blocks` gives."""
     shape = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k, "DOT": dot, "STAGES": stages, "FOLD": 8}
     flags = {"K_CONTIGUOUS": True, "HAS_BIAS": True, "EVEN_K": True, "UPCAST": False}
-    return {"LINES": 32, **shape, **flags, "COUNT": 3, **constants}
+    return {**shape, **flags, "COUNT": 3, **constants}
 
 
 KERNELS = {  # module, kernel, types, constants, warps

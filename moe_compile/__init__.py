@@ -15,6 +15,7 @@ from moe_compile.huggingface import prepare, register_experts  # noqa: E402
 from moe_compile.options import Options  # noqa: E402
 from moe_compile.quantization import quantize  # noqa: E402
 from moe_compile.report import Report, explain  # noqa: E402
+from moe_compile.warmup import warmup  # noqa: E402
 
 __all__ = [
     "Options",
@@ -27,4 +28,5 @@ __all__ = [
     "quantize",
     "refresh",
     "register_experts",
+    "warmup",
 ]

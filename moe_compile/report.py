@@ -104,6 +104,7 @@ _PICKY = (
     "choose_kernels",
     "choose_linear",
     "choose_attention",
+    "rotate_together",
     "read_cache",
 )
 

@@ -19,6 +19,7 @@ from moe_compile.passes.fuse_epilogue import fuse_epilogue
 from moe_compile.passes.hoist_constants import hoist_constants
 from moe_compile.passes.lint_collectives import lint_collectives
 from moe_compile.passes.read_cache import read_cache
+from moe_compile.passes.rotate_together import rotate_together
 
 PASSES: tuple[Pass, ...] = (
     find_experts,
@@ -35,5 +36,6 @@ PASSES: tuple[Pass, ...] = (
     choose_linear,
     choose_attention,
     count_together,
+    rotate_together,
     read_cache,
 )

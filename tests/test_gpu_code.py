@@ -81,6 +81,13 @@ ATTEND = {
     **{name: "i32" for name in ("S", "splits", "blocks", "num_rows", "G")},
     **{f"stride_{x}{dim}": "i32" for x, dim in product("qkvm", "bagsq")},
 }
+ROTATE = {
+    **dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr"), "*bf16"),
+    **{f"{x}_{what}_ptr": "*bf16" for x, what in product("qk", ("weight", "out"))},
+    **{name: "i32" for name in ("Q", "A", "G")},
+    **{f"stride_{x}{dim}": "i32" for x, dim in product("qkcs", "bqh")},
+    "eps": "fp32",
+}
 
 
 def heads(repeats, d, f, rows, positions, stages, **constants):
@@ -89,6 +96,12 @@ def heads(repeats, d, f, rows, positions, stages, **constants):
     block = {"BLOCK_R": rows, "BLOCK_S": positions, "BLOCK_D": 128, "BLOCK_F": 128}
     flags = {"HAS_MASK": True, "SCAN": True, "SPLIT": True, "UPCAST": False}
     return {**shape, **block, **flags, "STAGES": stages, **constants}
+
+
+def turned(d, r, **constants):
+    """The constants of `_rotate_kernel`."""
+    block = {"D": d, "R": r, "HEADS": 1, "BLOCK_L": 64, "BLOCK_U": 1, "INTERPRETED": False}
+    return {"HAS_Q_WEIGHT": True, "HAS_K_WEIGHT": True, **block, **constants}
 
 
 def quant(**constants):
@@ -264,6 +277,15 @@ KERNELS = {  # module, kernel, types, constants, warps
         ATTEND,
         {"F": 128, "INTERPRETED": False, "BLOCK_P": 128, "BLOCK_F": 64},
         4,
+    ),
+    "rotate of Qwen3": ("rotate", ROTATE, turned(128, 128), 1),
+    "rotate of many": ("rotate", ROTATE, turned(80, 80, HEADS=4, HAS_K_WEIGHT=False), 4),
+    "rotate of a half": ("rotate", ROTATE, turned(128, 64, BLOCK_L=32, BLOCK_U=64), 1),
+    "rotate in float32": (
+        "rotate",
+        {name: kind.replace("bf16", "fp32") for name, kind in ROTATE.items()},
+        turned(128, 128),
+        1,
     ),
     "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),
     "all_reduce_add_rms_norm of eight": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(8), 8),

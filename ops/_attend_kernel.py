@@ -3,7 +3,9 @@
 A program has one key head, up to BLOCK_R of its rows (the queries of all its query heads), and
 every so many-th block of BLOCK_S positions: each key is read once for all of them, and tensor cores
 multiply what would otherwise be 16 rows of nothing. Where several programs share a head, each
-leaves its result and the logarithm of its softmax' sum, and a second kernel puts these together.
+leaves its sums and the highest score that they are relative to, and a second kernel puts these
+together. A decode of few sequences waits for memory a few times and does little else, so loads are
+begun together, and early.
 """
 
 import math
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_compile.ops._gated import rounded
+from moe_compile.ops._gated import LN_2, LOG2_E, LOG2_E_REST, rounded
 from moe_compile.ops._overlap import overlap, wait_for_previous
 
 
@@ -41,13 +43,29 @@ def _is_open(mask):  # type: ignore[no-untyped-def]
     return mask if mask.dtype == tl.int1 else mask != float("-inf")
 
 
+@triton.jit
+def _power(y, OF_E: tl.constexpr):  # type: ignore[no-untyped-def]
+    """e ** y, or 2 ** y, for y up to 0.
+
+    Of float32 inputs the rounding of y * log2(e) would be seen, and so would that of scores times
+    log2(e); of others neither is, and the factor is part of the scale.
+    """
+    if OF_E:
+        powers = y * LOG2_E
+        rest = tl.fma(y, tl.full(y.shape, LOG2_E, tl.float32), -powers) + y * LOG2_E_REST
+        exp = tl.exp2(powers)
+        return exp + tl.where(powers > -126.0, exp * rest * LN_2, 0.0)
+    return tl.exp2(y)
+
+
 # What changes with the batch or the cache is not specialised on: it would compile again.
-@triton.jit(do_not_specialize=["S", "splits", "blocks", "num_rows"])
+@triton.jit(do_not_specialize=["S", "splits", "blocks", "num_rows", "stride_l"])
 def _attend_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
     v_ptr,
     mask_ptr,
+    last_ptr,
     out_ptr,
     sums_ptr,
     S,
@@ -68,12 +86,15 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     stride_mb,
     stride_ma,
     stride_mq,
+    stride_l,
     REPEATS: tl.constexpr,
     Q: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_LAST: tl.constexpr,
     SCAN: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,10 +105,16 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     batch = (tl.program_id(0) // G).to(tl.int64)
     g = tl.program_id(0) % G
     split = tl.program_id(1)
+    k_ptr += batch * stride_kb + g.to(tl.int64) * stride_kg
+    v_ptr += batch * stride_vb + g.to(tl.int64) * stride_vg
+    wait_for_previous(PDL)
+    end = S
+    if HAS_LAST:
+        last_open = tl.load(last_ptr + batch * stride_l)
+        end = tl.maximum(tl.minimum(last_open, S - 1), -1).to(tl.int32) + 1
     row = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     is_row = row < REPEATS * Q
     head = g * REPEATS + row // Q
@@ -100,8 +127,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     q = tl.load(q_ptrs, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
-    k_ptr += batch * stride_kb + g.to(tl.int64) * stride_kg
-    v_ptr += batch * stride_vb + g.to(tl.int64) * stride_vg
     mask_ptr += batch * stride_mb
     if BLOCK_M == 1:  # all rows have the same mask
         mask_ptr += (g * REPEATS).to(tl.int64) * stride_ma
@@ -112,17 +137,24 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         mask_ptrs += s[None, :]
         has_mask_row = is_row[:, None]
 
+    OF_E: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     # Neighbouring blocks go to different splits: what is filled of a long cache is spread evenly.
     first, last = split, blocks - 1
     if SCAN:
         first, last = _first_and_last(mask_ptr, S, split, splits, blocks, BLOCK_S)
+    if HAS_LAST:
+        last = (end + BLOCK_S - 1) // BLOCK_S - 1
+    steps = (last >= first).to(tl.int32)
+    if not ONE_STEP:
+        steps = (last - first + splits) // splits
     highest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
-    # Counted from 0: with `first` as its bound Triton loses how pointers are aligned.
-    for step in tl.range(0, (last - first) // splits + 1, num_stages=STAGES):
+    # Counted from 0: with `first` as its bound Triton loses how pointers are aligned. A loop also
+    # for one step: only in loops Triton copies to shared memory without waiting for each load.
+    for step in tl.range(0, steps, num_stages=STAGES):
         start = tl.full([], BLOCK_S, tl.int64) * (first + step * splits)
-        is_key = s < S - start
+        is_key = s < end - start
         is_open = is_key[None, :]
         if HAS_MASK:
             mask = tl.load(mask_ptrs + start, mask=is_key[None, :] & has_mask_row, other=0)
@@ -136,25 +168,26 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_MASK and mask_ptr.dtype.element_ty != tl.int1:
-            scores += mask.to(tl.float32) * 1.4426950408889634
+            scores += mask.to(tl.float32) * (1.0 if OF_E else LOG2_E)
         scores = tl.where(is_open, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # all closed so far
-        powers = tl.exp2(scores - base[:, None])
-        rest = tl.exp2(highest - base)
+        powers = _power(scores - base[:, None], OF_E)
+        rest = _power(highest - base, OF_E)
         total = total * rest + tl.sum(powers, 1)
         acc = tl.dot(powers.to(v.dtype), v, acc * rest[:, None], input_precision="ieee")
         highest = higher
 
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # NaN stays NaN
     row_of_all = (batch * Q + query) * (G * REPEATS) + head
     is_stored = is_row[:, None] & (f < F)[None, :]
     if SPLIT:
         place = row_of_all * splits + split
         tl.store(sums_ptr + place[:, None] * F + f[None, :], acc, mask=is_stored)
-        logs_ptr = sums_ptr + num_rows.to(tl.int64) * splits * F
-        tl.store(logs_ptr + place, highest + tl.log2(total), mask=is_row)
+        highest_ptr = sums_ptr + num_rows.to(tl.int64) * splits * F
+        tl.store(highest_ptr + place, highest, mask=is_row)
+        tl.store(highest_ptr + num_rows.to(tl.int64) * splits + place, total, mask=is_row)
     else:
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # NaN stays NaN
         acc = rounded(acc, out_ptr.dtype.element_ty, True, UPCAST)
         out_ptrs = out_ptr + row_of_all[:, None] * F + f[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_stored)
@@ -172,18 +205,22 @@ def _put_together_kernel(  # type: ignore[no-untyped-def]
     BLOCK_F: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The mean of the splits' results, weighted by the sums of their softmax."""
+    """The splits' sums, brought to one highest score, over the sum of their powers."""
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK_P)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    logs_ptr = sums_ptr + num_rows.to(tl.int64) * splits * F + row * splits
-    logs = tl.load(logs_ptr + split, mask=split < splits, other=float("-inf"))
+    highest_ptr = sums_ptr + num_rows.to(tl.int64) * splits * F + row * splits
+    total_ptr = highest_ptr + num_rows.to(tl.int64) * splits
+    is_split = split < splits
     ptrs = sums_ptr + row * splits * F + split[:, None] * F + f[None, :]
-    parts = tl.load(ptrs, mask=(split < splits)[:, None] & (f < F)[None, :], other=0.0)
-    highest = tl.max(logs, 0)
-    weights = tl.exp2(logs - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(weights, 0)
+    parts = tl.load(ptrs, mask=is_split[:, None] & (f < F)[None, :], other=0.0)
+    highest = tl.load(highest_ptr + split, mask=is_split, other=float("-inf"))
+    totals = tl.load(total_ptr + split, mask=is_split, other=0.0)
+    base = tl.max(highest, 0)
+    base = tl.where(base == float("-inf"), 0.0, base)  # all closed
+    weights = _power(highest - base, out_ptr.dtype.element_ty == tl.float32)
+    total = tl.sum(weights * totals, 0)
     out = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
     out = rounded(out, out_ptr.dtype.element_ty, True, INTERPRETED)
     tl.store(out_ptr + row * F + f, out.to(out_ptr.dtype.element_ty), mask=f < F)
@@ -214,7 +251,7 @@ def choose_blocks(heads: int, rows: int, S: int, features: int, dtype: torch.dty
     num_blocks = triton.cdiv(S, positions)
     steps = triton.cdiv(num_blocks, min(wanted, _MOST_SPLITS))
     splits = triton.cdiv(num_blocks, steps)  # no more than make as many steps each
-    stages = 3 if positions * position_bytes <= 2**15 else 2
+    stages = 3 if steps > 1 and positions * position_bytes <= 2**15 else 2
     return Blocks(block_r, positions, splits, 8 if is_float32 else 4, stages)
 
 
@@ -223,6 +260,7 @@ def launch(
     k: Tensor,
     v: Tensor,
     mask_BAQS: Tensor | None,
+    last: Tensor | None,
     out_BAQF: Tensor,
     scale: float,
     blocks: Blocks | None = None,
@@ -237,13 +275,14 @@ def launch(
     how = blocks or choose_blocks(B * G, rows, S, D + F, q.dtype)
     sums = out_BAQF
     if how.splits > 1:
-        sums = q.new_empty(num_rows * how.splits * (F + 1), dtype=torch.float32)
+        sums = q.new_empty(num_rows * how.splits * (F + 2), dtype=torch.float32)
     num_blocks = triton.cdiv(S, how.positions)
     _attend_kernel[(B * G, how.splits, triton.cdiv(rows, how.rows))](
         q,
         k,
         v,
         mask,
+        q if last is None else last,
         out_BAQF,
         sums,
         S,
@@ -251,17 +290,20 @@ def launch(
         num_blocks,
         num_rows,
         G,
-        scale * math.log2(math.e),
+        scale if q.dtype == torch.float32 else scale * math.log2(math.e),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         *mask.stride()[:3],
+        0 if last is None or last.shape[0] == 1 else last.stride(0),
         REPEATS=A // G,
         Q=Q,
         D=D,
         F=F,
         HAS_MASK=mask_BAQS is not None,
+        HAS_LAST=last is not None,
         SCAN=mask_BAQS is not None and is_shared and num_blocks > how.splits,
+        ONE_STEP=num_blocks <= how.splits,
         SPLIT=how.splits > 1,
         UPCAST=not q.is_cuda,  # only the interpreter runs on the CPU; its bfloat16 dot is wrong
         BLOCK_M=1 if is_shared else how.rows,
@@ -272,10 +314,12 @@ def launch(
         STAGES=how.stages,
         num_warps=how.warps,
         num_stages=how.stages,
-        **overlap(q),
+        **overlap(q, k.nbytes + v.nbytes),
     )
     if how.splits > 1:
-        BLOCK_F = min(64, triton.next_power_of_2(F))
+        # As many numbers for each thread as ptxas loads before it waits for the first of them.
+        BLOCK_P = triton.next_power_of_2(how.splits)
+        BLOCK_F = min(max(32, 1024 // BLOCK_P), 128, triton.next_power_of_2(F))
         _put_together_kernel[(num_rows, triton.cdiv(F, BLOCK_F))](
             sums,
             out_BAQF,
@@ -283,7 +327,8 @@ def launch(
             num_rows,
             F=F,
             INTERPRETED=not q.is_cuda,
-            BLOCK_P=triton.next_power_of_2(how.splits),
+            BLOCK_P=BLOCK_P,
             BLOCK_F=BLOCK_F,
+            num_warps=max(1, BLOCK_P // 32),
             **overlap(q),
         )

@@ -14,12 +14,16 @@ from moe_compile.passes._graph import (
     CASTS,
     COPIES,
     RESHAPES,
+    SQUEEZES,
     arg,
     args,
     aten,
     call,
     constant,
+    has_val,
     is_call,
+    operands,
+    prims,
     same,
     same_shape,
     strip,
@@ -71,6 +75,9 @@ def read_cache(graph: fx.Graph) -> Outcome:
         arg3_1: bf16[2, 8, 1, 8]
         attend: bf16[2, 8, 1, 8] = moe_compile.attend(arg3_1, arg0_1, arg1_1, arg2_1)
         return [attend]
+
+    A mask that only says up to which position a sequence is filled, positions <= p or p >= positions
+    with a p for each sequence or for all, is not made: `attend` takes p itself, as `last`.
 
     The repetition is a copy of the whole cache, and its mask is written out once more as numbers.
     On an H200 that and cuDNN's attention take 20 us a layer of Qwen3-30B-A3B (one sequence, 640
@@ -124,9 +131,15 @@ def _attend(graph: fx.Graph, node: fx.Node) -> fx.Node:
     keys, values = _not_repeated(keys, values)
     _fit(query, keys, values)
     mask = given.get("attn_bias", given.get("attn_mask"))
-    scale = {} if given.get("scale") is None else {"scale": given["scale"]}
+    scale: dict[str, Any] = {} if given.get("scale") is None else {"scale": given["scale"]}
     with graph.inserting_before(node):
-        masks = [] if mask is None else [_mask(graph, node, mask)]
+        mask = None if mask is None else _mask(graph, node, mask)
+        last = _last(mask, query, keys)
+        if last is not None:
+            if val(last).ndim != 1:
+                last = call(graph, aten.reshape.default, last, [-1], like=node)
+            scale["last"] = last
+        masks = [] if mask is None or last is not None else [mask]
         return call(graph, moe.attend.default, query, keys, values, *masks, like=node, **scale)
 
 
@@ -189,6 +202,84 @@ def _mask(graph: fx.Graph, node: fx.Node, mask: Any) -> Any:
     if val(mask).dtype not in (torch.bool, *FLOATS):
         raise Declined(f"a mask in {val(mask).dtype}")
     return mask
+
+
+def _last(mask: Any, query: fx.Node, keys: fx.Node) -> Any:
+    """The last open position of each sequence or of all, if that is all that a mask says, or None.
+
+    In any shape, with as many elements as there are sequences, or one.
+    """
+    if is_call(mask, aten.le.Tensor):
+        positions, last = args(mask)
+    elif is_call(mask, aten.ge.Tensor):
+        last, positions = args(mask)
+    else:
+        return None
+    if not _is_arange(positions, val(keys).shape[2]):
+        return None
+    shape = val(last).shape  # sequences in the first of four dims, if there are several
+    if not all(same(n, 1) for n in (shape[1:] if len(shape) == 4 else shape)):
+        return None
+    last = _before_reshapes(last)
+    B = shape[0] if len(shape) == 4 else 1
+    fits = same(val(last).numel(), 1) or same(B, val(query).shape[0])
+    is_whole = val(last).dtype in _WHOLE
+    return last if fits and is_whole and val(last).device == val(query).device else None
+
+
+_WHOLE = (torch.int64, torch.int32)
+
+
+def _is_arange(x: Any, S: Any) -> bool:
+    """Is x 0, 1, .., S - 1 along its last dim, and the same along all others?"""
+    while is_call(x, aten.expand.default) and _ends_in(args(x)[0], S):
+        x = args(x)[0]
+    if not _ends_in(x, S) or not same(val(x).numel(), S):
+        return False
+    x = _before_reshapes(x)
+    return same(val(x).numel(), S) and _counts_from_0(x)
+
+
+def _ends_in(x: fx.Node, size: Any) -> bool:
+    return val(x).ndim > 0 and same(val(x).shape[-1], size)
+
+
+def _counts_from_0(x: fx.Node) -> bool:
+    if val(x).dtype not in _WHOLE:
+        return False
+    if is_call(x, prims.iota.default):
+        return bool(x.kwargs.get("start") == 0 and x.kwargs.get("step") == 1)
+    return is_call(x, aten.arange.default)
+
+
+def _before_reshapes(x: fx.Node) -> fx.Node:
+    """The same numbers in the same order, or the one that all of them are, before reshapes,
+    expansions and sums with 0."""
+    while True:
+        source = None
+        if is_call(x, *RESHAPES, *SQUEEZES, *COPIES):
+            source = args(x)[0]
+        elif is_call(x, aten.expand.default):
+            source = args(x)[0]
+            if not same(val(source).numel(), 1) and not _as_many(source, x):
+                return x
+        elif is_call(x, aten.add.Tensor) and not x.kwargs:
+            found = (a for a, zero in operands(x) if _is_0(zero) and _as_many(a, x))
+            source = next((a for a in found if val(a).dtype in _WHOLE), None)
+        if source is None:
+            return x
+        x = source
+
+
+def _as_many(a: Any, b: fx.Node) -> bool:
+    return has_val(a) and same(val(a).numel(), val(b).numel())
+
+
+def _is_0(x: Any) -> bool:
+    """Is x a whole 0, also if it is the only element of an arange?"""
+    if not isinstance(x, fx.Node):
+        return type(x) is int and x == 0
+    return has_val(x) and same(val(x).numel(), 1) and _counts_from_0(x)
 
 
 def _closes(number: Any, node: fx.Node) -> bool:

@@ -9,9 +9,9 @@ from moe_compile.ops.attend import MOST_QUERIES, attend, attend_reference, atten
 FUNCTIONS = [attend, attend_triton]
 SHAPES = [  # B, A, G, Q, S, D, F
     (1, 4, 4, 1, 1, 64, 64),
-    (3, 4, 1, 1, 17, 80, 80),
+    (9, 4, 1, 1, 17, 80, 80),
     (1, 8, 1, 1, 640, 128, 128),
-    (1, 2, 2, 1, 70, 192, 128),
+    (4, 2, 2, 1, 70, 192, 128),
     (1, 6, 2, 3, 40, 96, 16),
     (1, 20, 1, 4, 33, 16, 8),  # 80 rows: two blocks of them
     (0, 4, 2, 1, 17, 64, 64),
@@ -85,6 +85,42 @@ def test_closed_positions_are_not_read(splits, seen, kind, device):
         assert_close(out, attend_reference, q, k, v, mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 2, 1, 1), (2, 4, 2, 1, 17), (3, 8, 1, 2, 640)], ids=str)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_last(fn, shape, dtype, device):
+    """One position for all, or one for each sequence; it may lie beyond the end."""
+    args, B, S = inputs(*shape, 32, 16, device), shape[0], shape[4]
+    for last in torch.tensor([S // 2]), torch.tensor([32, 10**6, 0])[:B], torch.tensor([S - 1] * B):
+        end = last.to(device, dtype)
+        out = fn(*args, last=end)
+        assert_close(out, attend_reference, *args, last=end)
+        mask = torch.arange(S, device=device) <= end.reshape(-1, 1, 1, 1)
+        assert_close(out, attend_reference, *args, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", [(32, 1), (32, 3), (32, 10), (64, 2), (16, 20)], ids=str)
+def test_what_lies_beyond_last_is_not_read(blocks, dtype, device):
+    """A negative last closes all: zeros, whatever the sequence holds."""
+    ends = torch.tensor([0, 31, 32, 150, 299, -1, -(2**40)], device=device)
+    q, k, v = inputs(len(ends), 2, 1, 1, 300, 32, 32, device, dtype)
+    closed = torch.arange(300, device=device) > ends[:, None]
+    k.mT.masked_fill_(closed[:, None, None], torch.nan)
+    v.mT.masked_fill_(closed[:, None, None], torch.inf)
+    how = Blocks(16, blocks[0], blocks[1], 4, 2)
+    for out in attend_triton(q, k, v, last=ends, blocks=how), attend(q, k, v, last=ends):
+        assert out.isfinite().all()
+        assert ((out == 0).flatten(1).all(1) == (ends < 0)).all()
+        assert_close(out, attend_reference, q, k, v, last=ends)
+
+
+def test_last_that_is_a_slice(device):
+    args = inputs(3, 4, 2, 1, 40, 16, 16, device)
+    last = torch.tensor([[3, 0], [39, 0], [17, 0]], device=device)[:, 0]
+    assert_close(attend_triton(*args, last=last), attend_reference, *args, last=last)
+
+
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
 def test_nan_that_is_attended_to_stays(fn, device):
     q, k, v = inputs(1, 2, 1, 1, 100, 16, 16, device)
@@ -123,6 +159,9 @@ CASES = [((2, 4, 2, 1, 70, 32, 32), None), ((2, 4, 2, 2, 40, 16, 8), (2, 1, 1, 4
 def test_opcheck(shape, mask, device):
     mask = None if mask is None else torch.rand(mask, device=device) < 0.5
     torch.library.opcheck(attend, (*inputs(*shape, device), mask, 0.5))
+    if mask is None:
+        last = torch.tensor([3, 60], device=device)
+        torch.library.opcheck(attend, inputs(*shape, device), {"last": last})
 
 
 REAL = [  # B, A, G, Q, S, D, F
@@ -145,6 +184,8 @@ def test_real_sizes(shape, dtype, device):
     mask = torch.arange(S, device=device) < length
     for m in mask, torch.where(mask, 0.0, -torch.inf).to(dtype):
         assert_close(attend(*args, m), attend_reference, *args, m)
+    last = length.reshape(B) - 1
+    assert_close(attend(*args, last=last), attend_reference, *args, last=last)
 
 
 @pytest.mark.gpu
@@ -161,11 +202,19 @@ def test_in_a_cuda_graph(device):
         graph.replay()
         assert torch.equal(out, attend(*args, mask))
         assert_close(out, attend_reference, *args, mask)
+    last = torch.zeros(1, dtype=torch.int64, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(*args, last=last)
+    for position in -1, 0, 32, 499, 699:
+        last.fill_(position)
+        graph.replay()
+        assert_close(out, attend_reference, *args, last=last)
 
 
 def wrong(**changes):
     q, k, v = inputs(2, 4, 2, 1, 10, 16, 8, "cpu")
-    return {"q": q, "k": k, "v": v, "mask": None, **changes}
+    return {"q": q, "k": k, "v": v, "mask": None, "scale": None, "last": None, **changes}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +236,14 @@ def wrong(**changes):
         (wrong(mask=torch.ones(1, 1, 1, 10).int()), "mask in bool, .*, got torch.int32"),
         (wrong(mask=torch.ones(2, 2, 1, 10)), r"mask \[2 or 1, 4 or 1, 1 or 1, 10\], got"),
         (wrong(mask=torch.ones(2, 1, 1, 1)), r"mask \[2 or 1, 4 or 1, 1 or 1, 10\], got"),
+        (wrong(last=torch.ones(2)), "last in int64 or int32, got torch.float32"),
+        (wrong(last=torch.tensor(3)), r"last \[B or 1\], got \[\]"),
+        (wrong(last=torch.ones(3).int()), r"last \[2 or 1\], got \[3\]"),
+        (
+            wrong(last=torch.ones(2).int(), mask=torch.ones(1, 1, 1, 10)),
+            "a mask or last, not both, got both",
+        ),
+        (wrong(last=torch.ones(2, device="meta").int()), "all tensors on one device, got"),
         (wrong(mask=torch.ones(1, 1, 1, 10, device="meta")), "all tensors on one device, got"),
     ],
 )

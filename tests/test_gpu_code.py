@@ -77,8 +77,8 @@ SKINNY = {  # of q, k and v
 
 ATTEND = {
     **{name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")},
-    **{"mask_ptr": "*i1", "sums_ptr": "*fp32", "scale": "fp32"},
-    **{name: "i32" for name in ("S", "splits", "blocks", "num_rows", "G")},
+    **{"mask_ptr": "*i1", "last_ptr": "*i64", "sums_ptr": "*fp32", "scale": "fp32"},
+    **{name: "i32" for name in ("S", "splits", "blocks", "num_rows", "G", "stride_l")},
     **{f"stride_{x}{dim}": "i32" for x, dim in product("qkvm", "bagsq")},
 }
 ROTATE = {
@@ -94,8 +94,11 @@ def heads(repeats, d, f, rows, positions, stages, **constants):
     """The constants of `_attend_kernel`, for one query of each head."""
     shape = {"REPEATS": repeats, "Q": 1, "D": d, "F": f, "BLOCK_M": 1}
     block = {"BLOCK_R": rows, "BLOCK_S": positions, "BLOCK_D": 128, "BLOCK_F": 128}
-    flags = {"HAS_MASK": True, "SCAN": True, "SPLIT": True, "UPCAST": False}
-    return {**shape, **block, **flags, "STAGES": stages, **constants}
+    flags = {"HAS_MASK": True, "HAS_LAST": False, "SCAN": True, "ONE_STEP": False, "SPLIT": True}
+    return {**shape, **block, **flags, "UPCAST": False, "STAGES": stages, **constants}
+
+
+LAST = {"HAS_MASK": False, "HAS_LAST": True, "SCAN": False}  # instead of a mask
 
 
 def turned(d, r, **constants):
@@ -258,6 +261,18 @@ KERNELS = {  # module, kernel, types, constants, warps
         4,
     ),
     "attend of Qwen3": ("attend", ATTEND, heads(8, 128, 128, 16, 32, 3, SCAN=False), 4),
+    "attend up to a position": (
+        "attend",
+        ATTEND,
+        heads(8, 128, 128, 16, 32, 3, ONE_STEP=True, **LAST),
+        4,
+    ),
+    "attend up to a position of a long cache": (
+        "attend",
+        {**ATTEND, "last_ptr": "*i32"},
+        heads(8, 128, 128, 16, 64, 3, **LAST),
+        4,
+    ),
     "attend to a long cache": ("attend", ATTEND, heads(8, 80, 96, 16, 64, 3, SPLIT=False), 4),
     "attend of DeepSeek": ("attend", ATTEND, heads(1, 192, 128, 16, 64, 2, BLOCK_D=256), 4),
     "attend with many rows, a mask for each": (
@@ -275,7 +290,7 @@ KERNELS = {  # module, kernel, types, constants, warps
     "put_together": (
         "attend",
         ATTEND,
-        {"F": 128, "INTERPRETED": False, "BLOCK_P": 128, "BLOCK_F": 64},
+        {"F": 128, "INTERPRETED": False, "BLOCK_P": 128, "BLOCK_F": 32},
         4,
     ),
     "rotate of Qwen3": ("rotate", ROTATE, turned(128, 128), 1),
@@ -285,6 +300,12 @@ KERNELS = {  # module, kernel, types, constants, warps
         "rotate",
         {name: kind.replace("bf16", "fp32") for name, kind in ROTATE.items()},
         turned(128, 128),
+        1,
+    ),
+    "put_together of Qwen3": (
+        "attend",
+        ATTEND,
+        {"F": 128, "INTERPRETED": False, "BLOCK_P": 32, "BLOCK_F": 32},
         1,
     ),
     "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),

@@ -128,8 +128,110 @@ def test_decode_of_qwen3():
     gm = graph_on_gpu(decode, keys[:1], values[:1], torch.tensor(3), k, k, q[:1])
     assert_expected_inline(
         rewritten(gm),
-        """attend: bf16[1, 8, 1, 8] = moe_compile.attend(arg5_1, index_put, index_put_1, le, scale=0.5)""",  # noqa: E501
+        """attend: bf16[1, 8, 1, 8] = moe_compile.attend(arg5_1, index_put, index_put_1, scale=0.5, last=reshape)""",  # noqa: E501
     )
+    assert "le" not in {n.name for n in gm.graph.nodes}
+    (reshape,) = (n for n in gm.graph.nodes if n.target == aten.reshape.default)
+    assert reshape.args[0].name == "arg2_1"  # not the position plus a 0, which takes a kernel
+
+
+def iota(n, start=0, step=1):
+    how = {"dtype": torch.int64, "device": "cuda", "requires_grad": False}
+    return torch.ops.prims.iota(n, start=start, step=step, **how)
+
+
+def positions(**how):
+    """As in the graph of a static cache of transformers 5.17."""
+    return aten.add.Tensor(iota(S, **how), 0).unsqueeze(0).unsqueeze(1).unsqueeze(2)
+
+
+def here(p):
+    """The position of the query: of one sequence, or [B]."""
+    return (iota(1) + p).unsqueeze(1).unsqueeze(2).unsqueeze(3)
+
+
+def masked(mask_of, p):
+    """A cuDNN attention as torch writes it, with a mask of a position; how it is rewritten."""
+
+    def fn(k, v, p, q):
+        mask = numbers(mask_of(p).expand(B, -1, 1, S), -65536.0)
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, mask, False)[0]
+
+    k, v, _, q = inputs(A)
+    line = rewritten(graph_on_gpu(fn, k, v, p, q))
+    return line.partition("attend(arg3_1, arg0_1, arg1_1, ")[2]
+
+
+ONE = torch.tensor(3)
+EACH = torch.tensor([3, 1])
+
+
+@pytest.mark.parametrize(
+    ("mask_of", "p", "how"),
+    [
+        (lambda p: positions() <= here(p), ONE, "last=reshape)"),
+        (lambda p: here(p) >= positions(), ONE, "last=reshape)"),
+        (lambda p: positions() <= p, ONE, "last=reshape)"),
+        (lambda p: positions() <= here(p), ONE.int(), "last=reshape)"),
+        (lambda p: positions() <= here(p), EACH[:1], "last=arg2_1)"),
+        (lambda p: positions() <= here(p), EACH, "last=arg2_1)"),
+        (lambda p: positions() <= p.reshape(-1, 1, 1, 1), EACH[:, None], "last=reshape)"),
+        (lambda p: positions() <= here(p).expand(B, 1, 1, 1), ONE, "last=reshape)"),
+        (lambda p: positions() <= here(p + 1), EACH, "last=add)"),
+        (lambda p: positions().expand(B, 1, 1, S) <= here(p), EACH, "last=arg2_1)"),
+        (lambda p: torch.arange(S, device="cuda") <= here(p), EACH, "last=arg2_1)"),
+    ],
+)
+def test_a_mask_of_positions_is_the_last_of_them(mask_of, p, how):
+    assert masked(mask_of, p) == how
+
+
+@pytest.mark.parametrize(
+    ("mask_of", "p"),
+    [
+        (lambda p: positions(start=1) <= here(p), ONE),
+        (lambda p: positions(step=2) <= here(p), ONE),
+        (lambda p: positions() + 1 <= here(p), ONE),
+        (lambda p: positions().flip(-1) <= here(p), ONE),
+        (lambda p: positions() < here(p), ONE),
+        (lambda p: positions() > here(p), ONE),
+        (lambda p: positions() >= here(p), ONE),
+        (lambda p: here(p) <= positions(), ONE),
+        (lambda p: positions() <= here(p.float()), ONE),
+        (lambda p: positions() <= torch.arange(S, device="cuda") + p, ONE),
+        (lambda p: positions() <= p, torch.arange(S)),
+        (lambda p: (positions() <= here(p)) & (positions() > here(p) - 4), ONE),
+        (lambda p: iota(1).expand(1, 1, 1, S) <= here(p), ONE),
+        (lambda p: (positions() <= here(p)) | (positions() == 5), EACH),
+    ],
+)
+def test_other_masks_of_positions_stay_masks(mask_of, p):
+    assert "last" not in masked(mask_of, p)
+
+
+@pytest.mark.parametrize("p", [ONE, EACH], ids=["one", "each"])
+def test_a_last_position_gives_the_same_values(p):
+    def fn(k, v, p, q):
+        mask = numbers(positions() <= p.reshape(-1, 1, 1, 1), -torch.inf)
+        return aten._scaled_dot_product_efficient_attention(q, k, v, mask, False)[0]
+
+    k, v, _, q = inputs(A)
+    args = (k, v, p, q)
+    gm = graph_on_gpu(fn, *args)
+    assert rewritten(gm).endswith("last=reshape)" if p is ONE else "last=arg2_1)")
+    mask = torch.arange(S) <= p.reshape(-1, 1, 1, 1)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
+    error = (gm(*args)[0].double() - exact).abs().max()
+    assert error <= 2 * torch.finfo(q.dtype).eps * exact.abs().max()
+
+
+def test_a_position_for_each_head_stays_a_mask():
+    def fn(k, v, p, q):
+        mask = numbers(positions() <= p.reshape(1, A, 1, 1), -65536.0)
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, mask, False)[0]
+
+    k, v, _, q = inputs(A)
+    assert rewritten(graph_on_gpu(fn, k, v, torch.arange(A), q)).endswith("arg1_1, le)")
 
 
 def test_without_repetition_or_mask():
@@ -272,3 +374,26 @@ def test_on_a_gpu(masked, dtype, device):
     eager = (fn(q, k, v, mask).double() - exact).abs().max()
     error = (out.double() - exact).abs().max()
     assert error <= 2 * eager + torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_up_to_a_position(device):
+    """Its mask is not made, and the position may be counted on in place after it is read."""
+    k, v = torch.randn(2, 1, 4, 301, 128, device=device).bfloat16()
+    q = torch.randn(1, 32, 1, 128, device=device).bfloat16()
+
+    def fn(q, k, v, p):
+        at = torch.arange(1, device=q.device) + p
+        mask = torch.arange(301, device=q.device).reshape(1, 1, 1, -1) <= at.reshape(1, 1, 1, 1)
+        out = F.scaled_dot_product_attention(q, repeat(k, 8), repeat(v, 8), mask)
+        p.add_(1)
+        return out
+
+    p, other = (torch.tensor(40, device=device) for _ in range(2))
+    compiled = torch.compile(fn, backend="moe_compile")
+    for _ in range(3):
+        exact = fn(q.double(), k.double(), v.double(), p.clone())
+        eager = (fn(q, k, v, p).double() - exact).abs().max()
+        error = (compiled(q, k, v, other).double() - exact).abs().max()
+        assert error <= 2 * eager + torch.finfo(q.dtype).eps * exact.abs().max()
+        assert p == other

@@ -1,15 +1,19 @@
 """Which blocks `attend` should take: python benchmarks/sweep_attend.py [--models qwen3 ...]
 
 For each model's attention, batch and length of the static cache, whole or a tenth of it filled: the
-candidates from fastest to slowest, beside what `choose_blocks` takes, and torch's attention with
-the copies that transformers gives it. Each call reads another cache, so that it comes from memory.
-The choice is written into `choose_blocks` by hand, with the numbers.
+candidates from fastest to slowest, both kernels together, beside what `choose_blocks` takes, that
+with a mask instead of the last position, and torch's attention with the mask and the copies that
+transformers gives it. Each call reads another cache, so that it comes from memory. The choice is
+written into `choose_blocks` by hand, with the numbers.
 """
 
 import argparse
 import functools
 import itertools
-from typing import NamedTuple
+import multiprocessing
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +24,7 @@ from triton.runtime.errors import OutOfResources
 from moe_compile.ops._attend_kernel import Blocks, choose_blocks
 from moe_compile.ops.attend import attend_triton
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 class Heads(NamedTuple):
@@ -39,23 +43,16 @@ MODELS = {
     "deepseek_v3": Heads(128, 128, 192, 128),
 }
 _L2 = 2**27  # bytes that no cache of a GPU holds
+_MOST = 2**34  # bytes of all inputs of a case
 
 
-def inputs(heads: Heads, B: int, S: int, filled: int) -> list[Inputs]:
-    """As many caches as the L2 does not hold."""
+def inputs(heads: Heads, B: int, S: int) -> Inputs:
+    """A query, and a cache of random numbers that are made once."""
     A, G, D, features = heads
     like = {"device": "cuda", "dtype": torch.bfloat16}
-    mask = (torch.arange(S, device="cuda") < filled).expand(B, 1, 1, S).contiguous()
-    count = max(2, min(64, _L2 // (2 * B * G * filled * (D + features))))
-    return [
-        (
-            torch.randn(B, A, 1, D, **like),
-            torch.randn(B, G, S, D, **like),
-            torch.randn(B, G, S, features, **like),
-            mask,
-        )
-        for _ in range(count)
-    ]
+    shapes = (B, A, 1, D), (B, G, S, D), (B, G, S, features)
+    q, k, v = (torch.empty(shape, **like).normal_() for shape in shapes)
+    return q, k, v
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -66,34 +63,72 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
-def candidates(chosen: Blocks, S: int, heads: int) -> list[Blocks]:
-    """Blocks whose programs fill a half to four times of the machine."""
-    wanted = {max(1, min(128, programs // heads)) for programs in (66, 132, 264, 528)}
+def choice(heads: Heads, B: int, S: int) -> Blocks:
+    """What is taken today."""
+    A, G, D, features = heads
+    return choose_blocks(B * G, A // G, S, D + features, torch.bfloat16)
+
+
+def candidates(heads: Heads, B: int, S: int) -> list[Blocks]:
+    """Some 24 blocks whose programs fill up to two of the machine."""
+    chosen = choice(heads, B, S)
     found = {chosen}
-    for positions, warps, stages in itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4)):
-        for splits in {min(n, -(-S // positions)) for n in {1, *wanted}}:
-            found.add(Blocks(chosen.rows, positions, splits, warps, stages))
+    counts = [n for n in (1, 2, 4, 8, 10, 16, 20, 32, 64) if 16 <= n * B * heads.G <= 300] or [1]
+    for positions in 32, 64:
+        num_blocks = -(-S // positions)
+        for splits in sorted({min(n, num_blocks) for n in counts})[-3:]:
+            one_step = splits == num_blocks
+            for warps, stages in itertools.product((1, 2, 4) if one_step else (2, 4), (2, 3)):
+                if stages == 2 or not one_step:
+                    found.add(Blocks(chosen.rows, positions, splits, warps, stages))
     return sorted(found)
 
 
-def sweep(model: str, B: int, S: int, filled: int) -> None:
+Job = tuple[Heads, int, Blocks, bool]
+
+
+def compile_one(job: Job) -> None:
+    """Fill Triton's cache on disk from another process: one call with the same kernels."""
+    heads, S, blocks, masked = job
+    args = inputs(heads, 1, S)
+    try:
+        if masked:
+            mask = torch.ones(1, 1, 1, S, dtype=torch.bool, device="cuda")
+            attend_triton(*args, mask, blocks=blocks)
+        else:
+            attend_triton(*args, last=torch.tensor([S - 1], device="cuda"), blocks=blocks)
+        torch.cuda.synchronize()
+    except OutOfResources as error:
+        print(f"{blocks}: {str(error).splitlines()[0]}", flush=True)
+
+
+def sweep(model: str, B: int, S: int) -> None:
     """Print the fastest candidates."""
-    heads, many = MODELS[model], inputs(MODELS[model], B, S, filled)
-    A, G, D, features = heads
-    chosen = choose_blocks(B * G, A // G, S, D + features, torch.bfloat16)
-    times: dict[Blocks, float] = {}
-    for blocks in candidates(chosen, S, B * G):
-        try:
-            calls = [functools.partial(attend_triton, *args, blocks=blocks) for args in many]
-            times[blocks] = microseconds(calls)
-        except OutOfResources as error:  # more shared memory than there is
-            print(f"  {blocks}: {str(error).splitlines()[0]}")
-    peer = microseconds([functools.partial(torch_attention, *args) for args in many])
-    roof = 2 * B * G * filled * (D + features) / roofs()[0]
-    print(f"{model}, B = {B}, S = {S}, {filled} filled: torch {peer:.1f}, roof {roof:.1f}")
-    print(f"  chosen {times.get(chosen, float('nan')):6.2f} {chosen}")
-    for blocks, us in sorted(times.items(), key=lambda item: item[1])[:8]:
-        print(f"         {us:6.2f} {blocks}")
+    heads = MODELS[model]
+    chosen = choice(heads, B, S)
+    size = 2 * B * heads.G * S * (heads.D + heads.F)
+    for filled in (S, S // 10):
+        read = size * filled // S
+        many = [inputs(heads, B, S) for _ in range(max(2, min(64, _L2 // read, _MOST // size)))]
+        last = torch.full((B,), filled - 1, device="cuda")
+        mask = (torch.arange(S, device="cuda") < filled).expand(B, 1, 1, S).contiguous()
+
+        def time(fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> float:
+            calls = [functools.partial(fn, *one, *args, **kwargs) for one in many]  # noqa: B023
+            return microseconds(calls, 7)
+
+        times: dict[Blocks, float] = {}
+        for blocks in candidates(heads, B, S):
+            try:
+                times[blocks] = time(attend_triton, last=last, blocks=blocks)
+            except OutOfResources:  # more shared memory than there is; told when it was compiled
+                continue
+        masked, peer = time(attend_triton, mask), time(torch_attention, mask)
+        print(f"{model}, B = {B}, S = {S}, {filled} filled: roof {read / roofs()[0]:.2f} us")
+        print(f"  torch  {peer:6.2f}", f"  masked {masked:6.2f} {tuple(chosen)}", sep="\n")
+        print(f"  chosen {times.get(chosen, float('nan')):6.2f} {tuple(chosen)}")
+        for blocks, us in sorted(times.items(), key=lambda item: item[1])[:8]:
+            print(f"         {us:6.2f} {tuple(blocks)}", flush=True)
 
 
 def main() -> None:
@@ -102,9 +137,19 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--positions", nargs="+", type=int, default=[640, 4096])
     options = parser.parse_args()
-    for model, B, S in itertools.product(options.models, options.batches, options.positions):
-        for filled in (S, S // 10):
-            sweep(model, B, S, filled)
+    cases = list(itertools.product(options.models, options.batches, options.positions))
+    jobs: set[Job] = set()
+    for model, B, S in cases:
+        heads = MODELS[model]
+        jobs |= {(heads, S, blocks, False) for blocks in candidates(heads, B, S)}
+        jobs.add((heads, S, choice(heads, B, S), True))
+    workers = min(14, os.cpu_count() or 1)
+    print(f"{len(jobs)} kernels to compile, {workers} at a time", flush=True)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.map(compile_one, sorted(jobs, key=str), chunksize=1)
+    with torch.inference_mode():
+        for model, B, S in cases:
+            sweep(model, B, S)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def layer(rows: Rows) -> str:
 def prefill(rows: Rows) -> str:
     """The same of many tokens, where the run had such."""
     some = [r for r in rows if r["routing"] == "uniform" and int(r["tokens"]) > 64]
-    return _layers(some) if some else "TO FILL (bench_layer.py --tokens 256 1024 8192, too)"
+    return _layers(some) if some else "Not measured yet."
 
 
 def _layers(rows: Rows) -> str:

@@ -100,7 +100,7 @@ def _bound(node: Any) -> tuple[Any, float, bool] | None:
 
 
 def _quotient(node: Any) -> tuple[Any, fx.Node, bool]:
-    """(y, scale, by reciprocal) of y / scale and y * (1 / scale)."""
+    """(y, scale, by reciprocal) of y / scale, y * (1 / scale) and y * (448 / amax)."""
     if is_call(node, aten.div.Tensor) and has_val(args(node)[1]):
         return args(node)[0], _unviewed(args(node)[1]), False
     if is_call(node, aten.mul.Tensor):
@@ -108,6 +108,9 @@ def _quotient(node: Any) -> tuple[Any, fx.Node, bool]:
             inverse = _times_one(_unviewed(inverse))
             if is_call(inverse, aten.reciprocal.default):
                 return y, _unviewed(args(inverse)[0]), True
+            amax = _inverted_and_times_448(inverse)
+            if amax is not None:
+                return y, _stored_scale(amax), True
     raise Declined("values are neither divided by a scale nor multiplied by its reciprocal")
 
 
@@ -118,6 +121,37 @@ def _times_one(node: Any) -> Any:
             if constant(one) == 1:
                 return y
     return node
+
+
+def _inverted_and_times_448(node: Any) -> Any:
+    """amax of 448 / amax, which decomposes into (1 / amax) * 448, or None."""
+    for inverse, number in operands(node) if is_call(node, aten.mul.Tensor) else ():
+        inverse = _unviewed(inverse)
+        if constant(number) == LARGEST and is_call(inverse, aten.reciprocal.default):
+            return _unviewed(args(inverse)[0])
+    return None
+
+
+def _stored_scale(amax: fx.Node) -> fx.Node:
+    """The scale that values multiplied by 448 / amax go with."""
+    todo = [amax]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if is_call(user, *VIEWS):
+                todo.append(user)
+            elif is_call(user, aten.div.Tensor) and args(user)[0] is node:
+                if constant(args(user)[1]) == LARGEST:
+                    return user
+            elif is_call(user, aten.mul.Tensor) and _is_times(user, 1 / LARGEST):
+                return user
+    raise Declined("values are multiplied by 448 / amax, and amax / 448 is stored nowhere")
+
+
+def _is_times(node: fx.Node, number: float) -> bool:
+    return any(
+        isinstance(c, float) and abs(c / number - 1) < 1e-7 for c in map(constant, args(node)[:2])
+    )
 
 
 def _unviewed(node: Any) -> Any:

@@ -50,13 +50,14 @@ def fuse_activation_quant(graph: fx.Graph) -> Outcome:
 
     Known: silu and gate * sigmoid(gate), with alpha, clamps and a shifted up; halves by chunk, split or
     slices, side by side or interleaved, or two tensors; the largest magnitude by amax, max or a norm; floors on it or on
-    the scale; division and multiplication by the reciprocal; powers of two; any views between; scales
+    the scale; division, multiplication by the reciprocal or by 448 / amax; powers of two; any views between; scales
     copied to be stored by columns. And
     `quant_fp8` behind any of these, where rows of no expert are skipped if just a GEMM reads them.
     Left alone: groups other than 64 and 128; columns that no group divides; scales rounded to less than
     float32, of other values, or shifted by an epsilon; activations that anything else reads; static
     scales; quantisation without an activation, which Inductor fuses.
-    Numerics: rounds to x's dtype where the model does; exp differs in the last places of float32.
+    Numerics: rounds to x's dtype where the model does; exp differs in the last places of float32, and
+    so does 448 / amax, for which the op takes the scale's reciprocal.
     """  # noqa: E501
     outcome = Outcome()
     for cast in casts_to_fp8(graph):

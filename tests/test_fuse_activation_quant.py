@@ -79,6 +79,16 @@ def clamped(x):
     return quant(F.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0))
 
 
+def times_448_over_amax(x, stored=448.0):
+    """As DeepGEMM's users quantise for each token."""
+    y = silu_mul(x)
+    rows, columns = y.shape
+    y = F.pad(y, (0, -columns % 128)).view(rows, -1, 128)
+    amax = y.abs().float().amax(dim=2).view(rows, -1).clamp(1e-4)
+    q = (y * (448.0 / amax.unsqueeze(2))).to(FP8)
+    return q.view(rows, -1)[:, :columns], (amax / stored).view(rows, -1)
+
+
 def in_groups_of_64(x):
     return quant(silu_mul(x), 64)
 
@@ -129,6 +139,7 @@ SPELLINGS = {
         by_max_and_reciprocal,
         {"scale_by_reciprocal": True, "quant_by_reciprocal": True},
     ),
+    "448 / amax": (times_448_over_amax, {"quant_by_reciprocal": True}),
     "norm": (by_norm, {"quant_by_reciprocal": True, "amax_floor": 0.0}),
     "powers of two": (powers_of_two, {"power_of_two": True}),
     "gpt-oss": (gpt_oss, {"interleaved": True, "alpha": 1.702, "limit": 7.0, "round_terms": True}),
@@ -289,7 +300,12 @@ def no_activation(x):
     return quant(x)
 
 
+def another_scale_stored(x):
+    return times_448_over_amax(x, 240.0)
+
+
 NEAR_MISSES = {
+    another_scale_stored: "amax / 448 is stored nowhere",
     epsilon_added: "not the largest magnitude / 448",
     largest_value: "not of the largest magnitude",
     largest_of_others: "other values than those divided",

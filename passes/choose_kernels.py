@@ -1,5 +1,6 @@
 """Choose the kernels of a layer by how many tokens it has."""
 
+import operator
 from typing import Any
 
 import torch
@@ -77,6 +78,11 @@ def choose_kernels(graph: fx.Graph) -> Outcome:
 Stages = tuple[Any, list[Any], dict[str, Any]] | str  # op, arguments and attributes, or why not
 
 
+def _part(node: Any) -> tuple[Any, Any]:
+    """(a call that returns several tensors, which of them), or (None, None)."""
+    return (node.args[0], node.args[1]) if is_call(node, operator.getitem) else (None, None)
+
+
 def _is_fp8(combine: Any) -> bool:
     return is_call(combine.args[0], moe.grouped_mm_fp8.default)
 
@@ -97,11 +103,11 @@ def _stages(combine: Any) -> Stages:
     up = h.args[0]
     if not (is_call(up, moe.grouped_mm.default) and len(up.users) == 1):
         return "the rows of the activation are not those of a GEMM alone"
-    sort = position.args[0]
+    sort, index = _part(position)
     if not is_call(sort, moe.sort_tokens.default):
         return "the positions are not from sort_tokens"
-    from_sort = [(n.args[0], n.args[1]) for n in (arg(up, 3, "rows"), up.args[2], down.args[2])]
-    if from_sort != [(sort, 0), (sort, 1), (sort, 1)] or position.args[1] != 2:
+    from_sort = [_part(n) for n in (arg(up, 3, "rows"), up.args[2], down.args[2])]
+    if from_sort != [(sort, 0), (sort, 1), (sort, 1)] or index != 2:
         return "the GEMMs are not over the rows of one sort"
     ids = sort.args[0]
     if arg(up, 4, "top_k", 1) != val(ids).shape[1] or arg(down, 3, "rows") is not None:
@@ -130,10 +136,10 @@ def _stages_fp8(combine: Any) -> Stages:
     """The arguments of `experts_fp8`, as `_stages` those of `experts`."""
     down, position, weights = combine.args[:3]
     q, scale = args(down)[:2]
-    activated = q.args[0]
+    activated, _ = _part(q)
     if not is_call(activated, moe.silu_mul_quant.default) or len(down.users) != 1:
         return "the rows of the second product are not silu_mul_quant's"
-    parts = [(n.args[0], n.args[1]) for n in (q, scale)]
+    parts = [_part(n) for n in (q, scale)]
     if parts != [(activated, 0), (activated, 1)] or len(q.users) + len(scale.users) != 2:
         return "the quantised rows are read by others, too"
     schema = [a.name for a in moe.silu_mul_quant.default._schema.arguments]
@@ -141,12 +147,12 @@ def _stages_fp8(combine: Any) -> Stages:
     up = how.pop("x")
     if not (is_call(up, moe.grouped_mm_fp8.default) and len(up.users) == 1):
         return "the rows of the activation are not those of a GEMM alone"
-    sort = position.args[0]
+    sort, index = _part(position)
     if not is_call(sort, moe.sort_tokens.default):
         return "the positions are not from sort_tokens"
     offsets = (up.args[4], down.args[4], how.pop("offsets", up.args[4]) or up.args[4])
-    from_sort = [(n.args[0], n.args[1]) for n in (arg(up, 5, "rows"), *offsets)]
-    if from_sort != [(sort, 0), *[(sort, 1)] * 3] or position.args[1] != 2:
+    from_sort = [_part(n) for n in (arg(up, 5, "rows"), *offsets)]
+    if from_sort != [(sort, 0), *[(sort, 1)] * 3] or index != 2:
         return "the GEMMs are not over the rows of one sort"
     ids = sort.args[0]
     if arg(up, 6, "top_k", 1) != val(ids).shape[1] or arg(down, 5, "rows") is not None:

@@ -177,6 +177,38 @@ def test_few_tokens_in_float8():
     assert run_passes(gm, choose_kernels)[0].rewrites == []
 
 
+def test_inputs_of_the_graph_are_declined():
+    """What our ops are given may come from anywhere: `q.args[0]` of an input was an IndexError."""
+
+    def fn(y, position, weights):
+        return moe.combine(y, position, weights)
+
+    def gemm(x, w, offsets, position, weights):
+        return moe.combine(moe.grouped_mm(moe.silu_mul(x), w, offsets), position, weights)
+
+    def stages(x, w1, w2, offsets, rows, position, weights):
+        h = moe.silu_mul(moe.grouped_mm(x, w1, offsets, rows, 2))
+        return moe.combine(moe.grouped_mm(h, w2, offsets), position, weights)
+
+    def fp8(q, scale, w, w_scale, offsets, position, weights):
+        y = moe.grouped_mm_fp8(q, scale, w, w_scale, offsets)
+        return moe.combine(y, position, weights)
+
+    position, weights = torch.zeros(2, 2, dtype=torch.int32), torch.rand(2, 2)
+    offsets, rows = torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    w1, w2 = torch.randn(4, 16, 24), torch.randn(4, 12, 16)
+    given = {
+        fn: (torch.randn(4, 16), position, weights),
+        gemm: (torch.randn(4, 24), w2, offsets, position, weights),
+        stages: (torch.randn(2, 16), w1, w2, offsets, rows, position, weights),
+        fp8: (*gemm_inputs([4, 0], 0, 128, 128, "cpu"), position, weights),
+    }
+    for layer_of_inputs, args in given.items():
+        (outcome,) = run_passes(graph_on_gpu(layer_of_inputs, *args), choose_kernels)
+        assert not outcome.rewrites
+        assert len(outcome.declined) == 1
+
+
 @pytest.mark.parametrize(
     "how", [{"round_product": False}, {"scale_by_reciprocal": True}, {"round_sigmoid": True}]
 )

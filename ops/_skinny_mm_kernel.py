@@ -46,7 +46,7 @@ def choose_blocks(M: int, K: int, N: int, dtype: torch.dtype, k_contiguous: bool
         n = min(64, max(16, n))  # 128 to 32 bytes of a row of w
         return Blocks(n, 2048 // n, False, 4, 4)
     # A warp reads 512 bytes of a column at once. Warps side by side along K read x once, and need
-    # not exchange it. One H200, 2026-11-22, benchmarks/sweep_skinny_mm.py, one row, us (weights were
+    # not exchange it. One H200, 2026-11-22, sweep_skinny_mm.py, one row, us (weights were
     # prefetched to L2 then, which they are not any more): q, k and v of Qwen3-30B-A3B with
     # (4, 1024) 7.7, (8, 512) 10.0, torch 21.9; o with (4, 2048) 6.6, (4, 1024) 8.7, torch 9.0;
     # router with (2, 1024) 1.3, (1, 2048) 1.6, torch 5.3.

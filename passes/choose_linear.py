@@ -17,7 +17,8 @@ LEAST_WEIGHT = 2**16
 
 MOST_ROWS_CUDA = 16  # of a tile of the tensor cores
 # One H200: 16 rows times 4096 x 2048 take 10.4 us, cuBLAS 9.2; times 2048 x 128, 3.8 and 5.5; q, k
-# and v of Qwen3-30B-A3B in one launch 9.7, in three of cuBLAS 19.4.
+# and v of Qwen3-30B-A3B in one launch 9.7, in three of cuBLAS 19.4 (ours with weights prefetched,
+# which they are not any more).
 MOST_COLUMNS_ALONE = 512
 MOST_COLUMNS_CUDA = 2**15  # the head of a vocabulary has more: cuBLAS fills a GPU with it
 

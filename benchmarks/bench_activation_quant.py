@@ -24,7 +24,7 @@ from torch import Tensor
 from moe_compile.ops import _quant_kernel, moe
 from moe_compile.ops.silu_mul_quant import silu_mul_quant_reference, silu_mul_quant_triton
 
-SIZES = [*itertools.product((8, 64, 512, 8192, 65536), (768, 2048, 14336))]
+SIZES = [*itertools.product((8, 64, 512, 8192, 65536), (768, 2048, 14336)), (16384, 14336)]
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from moe_compile.ops._grouped_mm_kernel import (
     columns_of_w,
     find_tile,
     gated_pairs,
+    swaps,
 )
 from moe_compile.ops._overlap import overlap, wait_for_previous
 
@@ -31,11 +32,11 @@ def choose_blocks_fp8(R: int, E: int, G: int) -> Blocks:
         # Too few programs to fill the machine: Mixtral, T = 1, down 40.8; with n = 64, 48.8.
         return Blocks(16, 32, 0, 1, 4, 6)
     if m == 16:
-        # T = 1: Qwen3-30B-A3B 11.3 and 7.2 (a row without tensor cores: 12.1 and 7.9), DeepSeek-V3
-        # 60.0 and 34.0; T = 16: 66.8 and 37.6 (87 and 77 % of the roof), 710 and 356 (94 %).
-        return Blocks(16, 64, 0, 1, 4, 4)
+        # T = 16 (see `swaps`): Mixtral 217 and 113 (96 and 92 % of the roof; 3 or 6 stages 218 to
+        # 221 and 114 to 117), DeepSeek-V3 with 32 experts 215 (96 %).
+        return Blocks(16, 64, 0, 1, 4, 5)
     if m == 32:
-        return Blocks(32, 128, 0, 4, 4, 4)  # Mixtral, T = 64: 263 and 123; n = 64: 299 and 127
+        return Blocks(32, 64, 0, 4, 4, 4)  # Mixtral, T = 64: 229 and 118 (91 and 88 %)
     if R < 128 * E:
         # T = 1024: Qwen3 136 and 84 (m = 128: 166 and 110), DeepSeek-V3 1836 and 954 (2437, 1350).
         return Blocks(64, 128, 0, 4, 4, 4)
@@ -91,13 +92,19 @@ def _many_rows(  # type: ignore[no-untyped-def]
     EVEN_H: tl.constexpr,
     UPCAST: tl.constexpr,
     GATE: tl.constexpr,
+    SWAP: tl.constexpr,
     GROUP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """With a gate, columns of gate and up take turns, and up's scales are ws_gate behind gate's."""
+    """With a gate, columns of gate and up take turns, and up's scales are ws_gate behind gate's.
+
+    SWAP: see `swaps`.
+    """
     k = tl.arange(0, GROUP_K)
-    if GATE:
+    if SWAP:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    elif GATE:
         acc = tl.zeros([BLOCK_M, BLOCK_N // 2, 2], tl.float32)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -111,7 +118,14 @@ def _many_rows(  # type: ignore[no-untyped-def]
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
         scale = tl.load(xs_ptrs + (start // GROUP_K) * stride_xsg, mask=row_mask, other=0.0)
-        if GATE:
+        if SWAP:
+            if GATE:
+                ws_ptrs = ws_ptr + (start // 128) * stride_wsk + tl.arange(0, BLOCK_N) % 2 * ws_gate
+                ws = tl.load(ws_ptrs)[:, None]
+            else:
+                ws = tl.load(ws_ptr + (start // 128) * stride_wsk)
+            acc += tl.dot(tl.trans(w), tl.trans(x)) * (ws * scale[None, :])
+        elif GATE:
             ws_ptrs = ws_ptr + (start // 128) * stride_wsk + tl.arange(0, 2) * ws_gate
             scale_of_pair = scale[:, None] * tl.load(ws_ptrs)[None, :]
             acc += tl.reshape(tl.dot(x, w), acc.shape) * scale_of_pair[:, None, :]
@@ -120,7 +134,7 @@ def _many_rows(  # type: ignore[no-untyped-def]
             acc += tl.dot(x, w) * scale[:, None]
         x_ptrs += GROUP_K
         w_ptrs += GROUP_K
-    return tl.reshape(acc, [BLOCK_M, BLOCK_N])
+    return tl.trans(acc) if SWAP else tl.reshape(acc, [BLOCK_M, BLOCK_N])
 
 
 @triton.jit(do_not_specialize=["R", "num_tiles"])
@@ -159,6 +173,7 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     EVEN_H: tl.constexpr,
     UPCAST: tl.constexpr,
+    SWAP: tl.constexpr,
     GROUP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -224,7 +239,7 @@ def grouped_mm_fp8_kernel(  # type: ignore[no-untyped-def]
         acc = _many_rows(
             x_ptr + source[:, None] * stride_xn + k[None, :], xs_ptr + source * stride_xsn,
             rows < end, w_ptrs, ws_ptr, ws_gate, w_mask, H, stride_xsg, stride_wsk,
-            EVEN_H, UPCAST, GATE, GROUP_K, BLOCK_M, BLOCK_N,
+            EVEN_H, UPCAST, GATE, SWAP, GROUP_K, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + tl.cast(expert, tl.int64) * G + cols, mask=cols < G, other=0.0)
@@ -295,6 +310,7 @@ def launch(
         HAS_BIAS=bias_EG is not None,
         EVEN_H=H % group_k == 0,
         UPCAST=not x_NH.is_cuda,  # only the interpreter runs on the CPU
+        SWAP=swaps(blocks, w_EHG),
         GROUP_K=group_k,
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,

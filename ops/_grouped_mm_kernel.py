@@ -52,9 +52,9 @@ def choose_blocks(R: int, E: int, dtype: torch.dtype, h_contiguous: bool) -> Blo
         # 96 %). n = 128, k = 64 is 33.3 and 20.9 at T = 1, and no faster at T = 16.
         return Blocks(m, 64, 128, 1 if m == 16 else 4, 4, 4)
     if m <= 32:
-        # T = 16: Mixtral 414 and 219 (96 and 91 %), Qwen3 121 and 63 (94 and 90 %), DeepSeek-V3
-        # 1314 and 656 (99 %). With 4 stages Mixtral's second takes 238.
-        return Blocks(m, 64, 128, 1 if m == 16 else 4, 4, 3 if m == 16 else 4)
+        # Mixtral (see `swaps`): T = 16, 98 and 97 % of the roof, T = 64, 97 %. With 3 stages the
+        # first product is 1 us faster, the second 4 us slower.
+        return Blocks(m, 64, 128, 1 if m == 16 else 4, 4, 4)
     if m == 64:
         # DeepSeek-V3, T = 1024: 3502 and 1803 (93 and 90 %); n = 256 with 8 warps 3511 and 1816.
         return Blocks(64, 128, 64, 4, 4, 4)
@@ -63,6 +63,20 @@ def choose_blocks(R: int, E: int, dtype: torch.dtype, h_contiguous: bool) -> Blo
         return Blocks(128, 128, 64, 4, 8, 3)
     # T = 8192: Mixtral 7137 and 3191 (75 and 83 %), DeepSeek-V3 8514 and 4484 (63 and 59 %).
     return Blocks(128, 256, 64, 8, 8, 3)
+
+
+def swaps(blocks: Blocks, w_EHG: Tensor) -> bool:
+    """Is a tile better computed as w.T @ x.T?
+
+    Hopper's tensor cores read both sides from shared memory, if the left one has 64 rows: columns
+    of w are that many where rows of x are not. Else operands pass through registers, where float8
+    becomes float16. One H200, 2026-11-22, us, swapped and not, the best blocks of each: Mixtral,
+    float8, T = 64, gate+up with silu_mul 229 and 242, down 118 and 121; T = 16 217 and 224, 113 and
+    119; DeepSeek-V3 215 and 225; in bfloat16 Mixtral 432 and 435, 216 and 221; 424 and 427, 214 and
+    218.
+    """
+    few = 1 < blocks.m <= 32 and blocks.n >= 64 and blocks.warps >= 4
+    return few and w_EHG.stride(1) == 1 and w_EHG.dtype != torch.float32
 
 
 @triton.jit
@@ -136,13 +150,14 @@ def _many_rows(  # type: ignore[no-untyped-def]
     EVEN_H: tl.constexpr,
     UPCAST: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_M, H] times [H, BLOCK_N], added up in float32."""
+    """[BLOCK_M, H] times [H, BLOCK_N], added up in float32. SWAP: see `swaps`."""
     k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
     lost = tl.zeros([BLOCK_M, BLOCK_N] if COMPENSATE else [1, 1], tl.float32)
     for start in range(0, H, BLOCK_K):
         if EVEN_H:
@@ -158,11 +173,13 @@ def _many_rows(  # type: ignore[no-untyped-def]
             total = acc + part
             lost = (total - acc) - part
             acc = total
+        elif SWAP:
+            acc = tl.dot(tl.trans(w), tl.trans(x), acc)
         else:
             acc = tl.dot(x, w, acc)
         x_ptrs += BLOCK_K
         w_ptrs += w_step
-    return acc
+    return tl.trans(acc) if SWAP else acc
 
 
 # Arguments that change with the number of tokens are not specialised on: it would compile again.
@@ -195,6 +212,7 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     EVEN_H: tl.constexpr,
     UPCAST: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -252,7 +270,7 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
         x_mask = (rows < end)[:, None]
         acc = _many_rows(
             x_ptrs, x_mask, w_ptrs, w_mask, H, w_step,
-            EVEN_H, UPCAST, COMPENSATE, BLOCK_M, BLOCK_N, BLOCK_K,
+            EVEN_H, UPCAST, COMPENSATE, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * G + cols, mask=cols < G, other=0.0)
@@ -352,6 +370,7 @@ def launch(
         EVEN_H=H % blocks.k == 0,
         UPCAST=not x_NH.is_cuda,  # only the interpreter runs on the CPU; its bfloat16 dot is wrong
         COMPENSATE=x_NH.dtype == torch.float32,
+        SWAP=swaps(blocks, w_EHG),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,

@@ -123,7 +123,7 @@ def blocks_fp8(m, n, group, stages, **constants):
     shape = {"BLOCK_M": m, "BLOCK_N": n, "GROUP": group, "STAGES": stages, "GROUP_K": 128}
     flags = {"DENSE": False, "HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
     flags |= {"DIRECT": False, "GATE": 0, "HAS_LIMIT": False, "ROUND_SILU": False}
-    return {**shape, **flags, "BLOCK_E": 128, **constants}
+    return {**shape, **flags, "SWAP": False, "BLOCK_E": 128, **constants}
 
 
 def down_combine(k, f, o, stages, **constants):
@@ -143,7 +143,7 @@ def blocks(m, n, k, group, stages, **constants):
     """The constants of `grouped_mm_kernel` with the blocks that `choose_blocks` gives."""
     shape = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": group, "STAGES": stages}
     flags = {"HAS_ROWS": True, "HAS_BIAS": True, "EVEN_H": True, "UPCAST": False}
-    flags |= {"COMPENSATE": False, "GATE": 0, "HAS_LIMIT": False, "DIRECT": False}
+    flags |= {"COMPENSATE": False, "SWAP": False, "GATE": 0, "HAS_LIMIT": False, "DIRECT": False}
     return {**shape, **flags, "BLOCK_E": 128, "stride_wh": 1, **constants}
 
 
@@ -183,7 +183,7 @@ KERNELS = {  # module, kernel, types, constants, warps
         blocks(1, 16, 256, 1, 3, COMPENSATE=True, EVEN_H=False),
         2,
     ),
-    "grouped_mm of few rows": ("grouped_mm", GEMM, blocks(16, 64, 128, 1, 3), 4),
+    "grouped_mm of few rows": ("grouped_mm", GEMM, blocks(16, 64, 128, 1, 4, SWAP=True), 4),
     "grouped_mm of few rows, columns contiguous": (
         "grouped_mm",
         GEMM,
@@ -198,7 +198,12 @@ KERNELS = {  # module, kernel, types, constants, warps
         8,
     ),
     "grouped_mm_silu_mul of one row": ("grouped_mm", GEMM, blocks(1, 16, 256, 1, 3, GATE=1), 2),
-    "grouped_mm_silu_mul of few rows": ("grouped_mm", GEMM, blocks(16, 64, 128, 1, 3, GATE=1), 4),
+    "grouped_mm_silu_mul of few rows": (
+        "grouped_mm",
+        GEMM,
+        blocks(16, 64, 128, 1, 4, GATE=1, SWAP=True),
+        4,
+    ),
     "grouped_mm_silu_mul of each row by itself": (
         "grouped_mm",
         {**GEMM, "offsets_ptr": "*i64"},
@@ -229,12 +234,23 @@ KERNELS = {  # module, kernel, types, constants, warps
         4,
     ),
     "grouped_mm_fp8 of one row": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(1, 16, 1, 3), 2),
-    "grouped_mm_fp8 of few rows": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(16, 64, 1, 4), 4),
+    "grouped_mm_fp8 of few rows": (
+        "grouped_mm_fp8",
+        GEMM_FP8,
+        blocks_fp8(16, 64, 1, 5, SWAP=True),
+        4,
+    ),
     "grouped_mm_fp8 of many rows": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(128, 128, 8, 4), 8),
     "grouped_mm_fp8 with a gate": (
         "grouped_mm_fp8",
         GEMM_FP8,
         blocks_fp8(1, 16, 1, 3, GATE=1, HAS_LIMIT=True),
+        4,
+    ),
+    "grouped_mm_fp8 of some rows with a gate": (
+        "grouped_mm_fp8",
+        GEMM_FP8,
+        blocks_fp8(32, 64, 4, 4, GATE=1, SWAP=True),
         4,
     ),
     "linear_fp8": ("grouped_mm_fp8", GEMM_FP8, blocks_fp8(64, 128, 4, 4, DENSE=True), 4),

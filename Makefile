@@ -9,7 +9,7 @@ demo: .venv/demo.stamp
 	$(PY) examples/demo.py $(ARGS)
 
 test: .venv/dev.stamp
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 8 $(ARGS)
 
 lint: .venv/dev.stamp
 	$(PY) -m ruff check .

@@ -120,6 +120,7 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     AMAX_EPS: tl.constexpr,
     SCALE_EPS: tl.constexpr,
     F: tl.constexpr,
+    STRIDE_Q: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -165,7 +166,7 @@ def quant_kernel(  # type: ignore[no-untyped-def]
         AMAX_EPS, SCALE_EPS,
     )  # fmt: skip
     q = to_e4m3(tl.reshape(q, [BLOCK_R, BLOCK_F]), q_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(q_ptr + rows.to(tl.int64)[:, None] * F + cols[None, :], q, mask=mask)
+    tl.store(q_ptr + rows.to(tl.int64)[:, None] * STRIDE_Q + cols[None, :], q, mask=mask)
 
     groups = block * GROUPS + tl.arange(0, GROUPS)
     scale_ptrs = scale_ptr + rows.to(tl.int64)[:, None] * stride_sr
@@ -240,6 +241,7 @@ def launch(
         AMAX_EPS=epsilons[0],
         SCALE_EPS=epsilons[1],
         F=F,
+        STRIDE_Q=q_RF.stride(0),
         GROUP=group,
         BLOCK_R=rows,
         GROUPS=columns // group,

@@ -55,13 +55,19 @@ def quant_fp8_reference(
     return q_RF, scale_RG.t().contiguous().t() if column_major else scale_RG
 
 
-def new_outputs(x: Tensor, R: Any, F: Any, group: int, column_major: bool) -> tuple[Tensor, Tensor]:
-    """q [R, F], and scales [R, G] whose rows or columns lie together."""
+def new_outputs(
+    x: Tensor, R: Any, F: Any, group: int, column_major: bool, pad_rows: bool = False
+) -> tuple[Tensor, Tensor]:
+    """q [R, F], and scales [R, G] whose rows or columns lie together.
+
+    pad_rows: do q's rows lie whole groups apart?
+    """
     G = (F + group - 1) // group
     scale = x.new_empty(G, R, dtype=torch.float32).t() if column_major else None
     if scale is None:
         scale = x.new_empty(R, G, dtype=torch.float32)
-    return x.new_empty(R, F, dtype=FP8), scale
+    stride = max(G * group if pad_rows else F, 1)
+    return x.new_empty_strided((R, F), (stride, 1), dtype=FP8), scale
 
 
 def quantize_reference(
@@ -72,6 +78,7 @@ def quantize_reference(
     scale_floor: float,
     reciprocals: tuple[bool, bool],
     epsilons: tuple[float, float],
+    pad_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Quantise float32 rows, in plain PyTorch; the last group may be short."""
     R, F = y_RF.shape
@@ -88,7 +95,8 @@ def quantize_reference(
     each = scale_RG[..., None]
     z_RGg = y_RGg * each.reciprocal() if reciprocals[1] else y_RGg / each
     q_RGg = z_RGg.clamp(-LARGEST, LARGEST).to(FP8)
-    return q_RGg.view(R, G * group)[:, :F].contiguous(), scale_RG
+    q_RF = q_RGg.view(R, G * group)[:, :F]
+    return q_RF if pad_rows else q_RF.contiguous(), scale_RG
 
 
 def check_quant(

@@ -36,7 +36,9 @@ def _of_pad(node: Any) -> Any:
     if not is_call(node, aten.constant_pad_nd.default):
         return None
     before, after, *others = args(node)[1]
-    if before != 0 or not isinstance(after, int) or any(n != 0 for n in others):
+    if isinstance(after, fx.Node):
+        raise Declined("padded by a number of columns that is not known")
+    if any(n != 0 for n in (before, *others)):
         raise Declined("padded elsewhere than behind the last column")
     if (value := arg(node, 2, "value", 0)) != 0:
         raise Declined(f"padded with {value}, not with zeros")

@@ -87,6 +87,8 @@ def _fuse(graph: fx.Graph, found: QuantGroup, outcome: Outcome) -> None:
     by_columns = [copy for scale in found.scales for copy in _copies_by_columns(scale)]
     if by_columns:
         options["column_major"] = True
+    if _shows_strides(found):
+        options["pad_rows"] = True
     with graph.inserting_before(first):
         rows = _rows(graph, inputs, first)
         new = call(graph, moe.silu_mul_quant.default, *rows, like=found.cast, **options)
@@ -148,6 +150,16 @@ def _is_returned(node: fx.Node, but_by: set[fx.Node], *targets: Any) -> bool:
                 seen.add(user)
                 todo.append(user)
     return False
+
+
+def _shows_strides(found: QuantGroup) -> bool:
+    """Could a reader of q know how far apart the rows of a padded tensor lay?
+
+    Copies and our own ops do not; the model may, or a kernel that was traced with those strides.
+    """
+    cuts = [part for part in found.parts if not val(part).is_contiguous()]
+    readers = {user for cut in cuts for user in cut.users} - set(found.parts)
+    return any(getattr(reader.target, "namespace", "") != "moe_compile" for reader in readers)
 
 
 def _copies_by_columns(scale: fx.Node) -> list[fx.Node]:

@@ -114,7 +114,8 @@ def quant(**constants):
         *("ROUND_SIGMOID", "ROUND_SILU", "ROUND_PRODUCT", "POWER_OF_TWO", "SCALE_BY_RECIPROCAL"),
         *("QUANT_BY_RECIPROCAL", "DIVIDE", "INTERPRETED"),
     )
-    block = {"F": 2048, "GROUP": 128, "BLOCK_R": 1, "GROUPS": 8, "AMAX_EPS": 0.0, "SCALE_EPS": 0.0}
+    block = {"F": 2048, "GROUP": 128, "BLOCK_R": 1, "GROUPS": 8, "STRIDE_Q": 2048}
+    block |= {"AMAX_EPS": 0.0, "SCALE_EPS": 0.0}
     return {**dict.fromkeys(off, False), **block, **constants}
 
 

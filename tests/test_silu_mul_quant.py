@@ -105,6 +105,18 @@ def test_scales_by_columns(fn, device):
     assert torch.equal(q.view(torch.uint8), q_rows.view(torch.uint8))
 
 
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=NAMES)
+def test_rows_apart(fn, device):
+    """As in a tensor of whole groups whose columns were cut off."""
+    x = torch.randn(5, 400, device=device)
+    (q, scale), (q_want, scale_want) = fn(x, pad_rows=True), fn(x)
+    assert q.stride() == (256, 1)
+    assert q_want.is_contiguous()
+    assert torch.equal(q.float(), q_want.float())
+    assert torch.equal(scale, scale_want)
+    opcheck(silu_mul_quant, (x,), {"pad_rows": True}, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_opcheck(device):
     x = torch.randn(5, 512, device=device)
     offsets = torch.tensor([3, 5], dtype=torch.int32, device=device)

@@ -58,15 +58,21 @@ def quantized(  # type: ignore[no-untyped-def]
     QUANT_BY_RECIPROCAL: tl.constexpr,
     DIVIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    AMAX_EPS: tl.constexpr = 0.0,
+    SCALE_EPS: tl.constexpr = 0.0,
 ):
     """y [rows, groups, group] -> what to cast to float8, and the scale of each group."""
     amax = tl.max(tl.abs(y), 2)
     amax = tl.where(amax < amax_floor, amax_floor, amax)
+    if AMAX_EPS != 0.0:
+        amax += tl.full(amax.shape, AMAX_EPS, tl.float32)
     if SCALE_BY_RECIPROCAL:
         scale = amax * (1.0 / 448.0)
     else:
         scale = tl.math.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
     scale = tl.where(scale < scale_floor, scale_floor, scale)
+    if SCALE_EPS != 0.0:  # behind the floor, so that no fma takes the product's rounding away
+        scale += tl.full(scale.shape, SCALE_EPS, tl.float32)
     if POWER_OF_TWO:
         scale = _power_of_two(scale)
     if QUANT_BY_RECIPROCAL:
@@ -111,7 +117,10 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     QUANT_BY_RECIPROCAL: tl.constexpr,
     DIVIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    AMAX_EPS: tl.constexpr,
+    SCALE_EPS: tl.constexpr,
     F: tl.constexpr,
+    STRIDE_Q: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -154,9 +163,10 @@ def quant_kernel(  # type: ignore[no-untyped-def]
     q, scale = quantized(
         tl.reshape(y, [BLOCK_R, GROUPS, GROUP]), amax_floor, scale_floor,
         POWER_OF_TWO, SCALE_BY_RECIPROCAL, QUANT_BY_RECIPROCAL, DIVIDE, INTERPRETED,
+        AMAX_EPS, SCALE_EPS,
     )  # fmt: skip
     q = to_e4m3(tl.reshape(q, [BLOCK_R, BLOCK_F]), q_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(q_ptr + rows.to(tl.int64)[:, None] * F + cols[None, :], q, mask=mask)
+    tl.store(q_ptr + rows.to(tl.int64)[:, None] * STRIDE_Q + cols[None, :], q, mask=mask)
 
     groups = block * GROUPS + tl.arange(0, GROUPS)
     scale_ptrs = scale_ptr + rows.to(tl.int64)[:, None] * stride_sr
@@ -175,11 +185,13 @@ def launch(
     reciprocals: tuple[bool, bool],
     offsets_E: Tensor | None = None,
     gated: bool = False,
+    epsilons: tuple[float, float] = (0.0, 0.0),
     **activation: Any,
 ) -> None:
     """Quantise rows, or gated pairs of halves, into `out`.
 
     reciprocals: is amax multiplied by 1 / 448, are values multiplied by 1 / scale?
+    epsilons: what is added to amax, and to the scale.
     activation: up, interleaved, alpha, limit, up_shift, weights, round_terms,
         round_sigmoid, round_silu, round_product.
     """
@@ -194,6 +206,7 @@ def launch(
     up = up if up.stride(1) == 1 else up.contiguous()
     rows, columns, warps = choose_block(R, F)
     limit, weights = activation.get("limit"), activation.get("weights")
+    least_scale = max((amax_floor + epsilons[0]) / LARGEST, scale_floor) + epsilons[1]
     quant_kernel[(triton.cdiv(R, rows) * triton.cdiv(F, columns),)](
         x_RX,
         up,
@@ -223,9 +236,12 @@ def launch(
         POWER_OF_TWO=power_of_two,
         SCALE_BY_RECIPROCAL=reciprocals[0],
         QUANT_BY_RECIPROCAL=reciprocals[1],
-        DIVIDE=not x_RX.is_cuda or max(amax_floor / LARGEST, scale_floor) < 1e-30,
+        DIVIDE=not x_RX.is_cuda or least_scale < 1e-30,
         INTERPRETED=not x_RX.is_cuda,
+        AMAX_EPS=epsilons[0],
+        SCALE_EPS=epsilons[1],
         F=F,
+        STRIDE_Q=q_RF.stride(0),
         GROUP=group,
         BLOCK_R=rows,
         GROUPS=columns // group,

@@ -5,7 +5,8 @@ alpha, limit, up_shift) and then `quant_fp8` (everything else), without a trip t
 between them. `round_terms` (alpha * gate and up + up_shift), `round_sigmoid` (of gate * sigmoid),
 `round_silu` and `round_product` round to x's dtype after each, as a model does that computes these
 as ops of their own; `weights` multiplies each row in float32 before it is quantised, as a routing
-weight folded in early.
+weight folded in early. With `pad_rows` the rows of q lie G * group apart, as in a padded tensor
+whose columns were cut off.
 
 Letters: R rows, F features, X = 2 * F, or F where up is given, G = ceil(F / group) groups, E
     experts.
@@ -48,6 +49,9 @@ def silu_mul_quant_reference(
     scale_floor: float = 0.0,
     scale_by_reciprocal: bool = False,
     quant_by_reciprocal: bool = False,
+    amax_eps: float = 0.0,
+    scale_eps: float = 0.0,
+    pad_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What `silu_mul_quant` means, in plain PyTorch; rows of no expert are computed too."""
     rounds = (round_terms, round_sigmoid, round_silu, round_product)
@@ -55,7 +59,7 @@ def silu_mul_quant_reference(
     if weights_R is not None:
         y_RF = y_RF * weights_R[:, None]
     how = (power_of_two, amax_floor, scale_floor, (scale_by_reciprocal, quant_by_reciprocal))
-    q_RF, scale_RG = quantize_reference(y_RF, group, *how)
+    q_RF, scale_RG = quantize_reference(y_RF, group, *how, (amax_eps, scale_eps), pad_rows)
     return q_RF, scale_RG.t().contiguous().t() if column_major else scale_RG
 
 
@@ -105,15 +109,21 @@ def silu_mul_quant_triton(
     scale_floor: float = 0.0,
     scale_by_reciprocal: bool = False,
     quant_by_reciprocal: bool = False,
+    amax_eps: float = 0.0,
+    scale_eps: float = 0.0,
+    pad_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel: one program for a few groups of a few rows."""
-    floors = (amax_floor, scale_floor)
-    out = _outputs(x_RX, up_RF, interleaved, weights_R, offsets_E, group, floors, column_major)
+    floors, epsilons = (amax_floor, scale_floor), (amax_eps, scale_eps)
+    out = _outputs(
+        x_RX, up_RF, interleaved, weights_R, offsets_E, group, floors, epsilons, column_major,
+        pad_rows,
+    )  # fmt: skip
     launch(
         x_RX, out, group, power_of_two, *floors, (scale_by_reciprocal, quant_by_reciprocal),
         offsets_E, gated=True, up=up_RF, weights=weights_R, interleaved=interleaved, alpha=alpha,
         limit=limit, up_shift=up_shift, round_terms=round_terms, round_sigmoid=round_sigmoid,
-        round_silu=round_silu, round_product=round_product,
+        round_silu=round_silu, round_product=round_product, epsilons=epsilons,
     )  # fmt: skip
     return out
 
@@ -126,11 +136,13 @@ def _outputs(
     offsets_E: Tensor | None,
     group: int,
     floors: tuple[float, float],
+    epsilons: tuple[float, float],
     column_major: bool,
+    pad_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     op = "silu_mul_quant"
     check_dims(op, "x", x_RX, "[R, F]" if up_RF is not None else "[R, 2F]")
-    check_quant(op, x_RX, group, floors, up=up_RF, weights=weights_R, offsets=offsets_E)
+    check_quant(op, x_RX, group, floors, epsilons, up=up_RF, weights=weights_R, offsets=offsets_E)
     R, F = x_RX.shape
     if up_RF is None:
         check(F % 2 == 0, op, "x [R, 2F]", list(x_RX.shape))
@@ -143,7 +155,7 @@ def _outputs(
         check_dims(op, "weights", weights_R, "[R]")
         check(weights_R.shape[0] == R, op, f"weights [{R}]", weights_R.shape)
         check(weights_R.dtype == torch.float32, op, "float32 weights", weights_R.dtype)
-    return new_outputs(x_RX, R, F, group, column_major)
+    return new_outputs(x_RX, R, F, group, column_major, pad_rows)
 
 
 def _fake(
@@ -166,6 +178,9 @@ def _fake(
     scale_floor: float = 0.0,
     scale_by_reciprocal: bool = False,
     quant_by_reciprocal: bool = False,
+    amax_eps: float = 0.0,
+    scale_eps: float = 0.0,
+    pad_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(
         x_RX,
@@ -175,7 +190,9 @@ def _fake(
         offsets_E,
         group,
         (amax_floor, scale_floor),
+        (amax_eps, scale_eps),
         column_major,
+        pad_rows,
     )
 
 
@@ -190,7 +207,8 @@ silu_mul_quant = define(
     " bool round_terms=False, bool round_sigmoid=False, bool round_silu=False,"
     " bool round_product=False, int group=128, bool power_of_two=False, bool column_major=False,"
     " float amax_floor=1e-10, float scale_floor=0.0, bool scale_by_reciprocal=False,"
-    " bool quant_by_reciprocal=False) -> (Tensor, Tensor)",
+    " bool quant_by_reciprocal=False, float amax_eps=0.0, float scale_eps=0.0,"
+    " bool pad_rows=False) -> (Tensor, Tensor)",
     cpu=_cpu,
     cuda=silu_mul_quant_triton,
     fake=_fake,

@@ -8,7 +8,8 @@ from moe_compile.ops import moe
 from moe_compile.passes._gated_silu import Inputs, NoGatedSilu, gated_silu_of
 from moe_compile.passes._graph import args, aten, call, is_call, same, unpack, val
 from moe_compile.passes._outcome import Declined, Outcome, exactness
-from moe_compile.passes._quant_group import VIEWS, QuantGroup, casts_to_fp8, peel, quant_group_of
+from moe_compile.passes._quant_group import QuantGroup, casts_to_fp8, quant_group_of
+from moe_compile.passes._quant_scale import VIEWS, peel
 
 _GEMMS = (moe.grouped_mm_fp8.default, moe.linear_fp8.default)
 
@@ -50,12 +51,14 @@ def fuse_activation_quant(graph: fx.Graph) -> Outcome:
 
     Known: silu and gate * sigmoid(gate), with alpha, clamps and a shifted up; halves by chunk, split or
     slices, side by side or interleaved, or two tensors; the largest magnitude by amax, max or a norm; floors on it or on
-    the scale; division, multiplication by the reciprocal or by 448 / amax; powers of two; any views between; scales
-    copied to be stored by columns. And
+    the scale, and epsilons added behind it; division, multiplication by the reciprocal or by 448 / amax; powers of
+    two; any views between; scales computed twice, or copied to be stored by columns; columns filled up with zeros to
+    a group, by pad, cat or into a tensor of zeros, and cut off again before the cast or after it. And
     `quant_fp8` behind any of these, where rows of no expert are skipped if just a GEMM reads them.
-    Left alone: groups other than 64 and 128; columns that no group divides; scales rounded to less than
-    float32, of other values, or shifted by an epsilon; activations that anything else reads; static
-    scales; quantisation without an activation, which Inductor fuses.
+    Left alone: groups other than 64 and 128; columns that no group divides, or padded elsewhere, with other numbers
+    or beyond the next group; padding that is read; scales rounded to less than float32, of other values, or other
+    than those returned; epsilons that are no constant, negative, added in 16 bits or before a floor; activations
+    that anything else reads; static scales; quantisation without an activation, which Inductor fuses.
     Numerics: rounds to x's dtype where the model does; exp differs in the last places of float32, and
     so does 448 / amax, for which the op takes the scale's reciprocal.
     """  # noqa: E501
@@ -77,23 +80,25 @@ def fuse_activation_quant(graph: fx.Graph) -> Outcome:
 
 def _fuse(graph: fx.Graph, found: QuantGroup, outcome: Outcome) -> None:
     inputs, activation = gated_silu_of(found.y)
-    _is_read_only_there(found.y, found)
+    _is_read_only_there(found)
     # Where both exist: before the first of them that anything reads.
-    first = min(found.q, found.scale)
+    first = min(found.cast, *found.scales)
     options = {**activation, **_unusual(found.options)}
-    by_columns = _copies_by_columns(found.scale)
+    by_columns = [copy for scale in found.scales for copy in _copies_by_columns(scale)]
     if by_columns:
         options["column_major"] = True
+    if _shows_strides(found):
+        options["pad_rows"] = True
     with graph.inserting_before(first):
         rows = _rows(graph, inputs, first)
-        new = call(graph, moe.silu_mul_quant.default, *rows, like=found.q, **options)
+        new = call(graph, moe.silu_mul_quant.default, *rows, like=found.cast, **options)
         q, scale = unpack(graph, new, 2)
-        for old, made in ((found.q, q), (found.scale, scale)):
-            shaped = _shaped(graph, made, old)
-            old.replace_all_uses_with(shaped)
+        replaced = [(part, q) for part in found.parts] + [(old, scale) for old in found.scales]
+        for old, made in replaced:
+            old.replace_all_uses_with(_shaped(graph, made, old))
         for copy in by_columns:
             copy.replace_all_uses_with(call(graph, aten.permute.default, scale, [1, 0], like=copy))
-    outcome.rewrote(found.q, _describe(options, val(found.y).shape[-1]))
+    outcome.rewrote(found.cast, _describe(options, val(found.y).shape[-1]))
 
 
 def _fuse_op(graph: fx.Graph, quant: fx.Node, outcome: Outcome) -> None:
@@ -118,21 +123,43 @@ def _fuse_op(graph: fx.Graph, quant: fx.Node, outcome: Outcome) -> None:
 
 def _unusual(options: dict[str, Any]) -> dict[str, Any]:
     """Without the op's defaults."""
-    defaults = {"group": 128, "scale_floor": 0.0, "amax_floor": 1e-10, "quant_by_reciprocal": False}
-    return {k: v for k, v in options.items() if defaults.get(k) != v or k not in defaults}
+    schema = moe.silu_mul_quant.default._schema.arguments
+    defaults = {a.name: a.default_value for a in schema}
+    return {k: v for k, v in options.items() if defaults[k] != v}
 
 
-def _is_read_only_there(y: fx.Node, found: QuantGroup) -> None:
+def _is_read_only_there(found: QuantGroup) -> None:
     """Does nothing but the quantisation read the activation, which then needs no memory?"""
-    seen, todo = {y}, list(y.users)
+    made = {found.cast, *found.scales}
+    if _is_returned(found.y, made | {found.amax}):
+        raise Declined("the activation itself is returned, too")
+    if _is_returned(found.amax, made):
+        raise Declined("another scale than the one that values are divided by is returned")
+    if sum(_is_returned(scale, set(), *VIEWS) for scale in found.scales) > 1:
+        raise Declined("the scale is computed and returned twice")
+
+
+def _is_returned(node: fx.Node, but_by: set[fx.Node], *targets: Any) -> bool:
+    """Does `node` reach the output, by calls of `targets` if given, and not through `but_by`?"""
+    seen, todo = {node}, [node]
     while todo:
-        node = todo.pop()
-        if node in seen or node is found.q or node is found.scale:
-            continue
-        if node.op == "output":
-            raise Declined("the activation itself is returned, too")
-        seen.add(node)
-        todo += node.users
+        for user in todo.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen | but_by and (not targets or is_call(user, *targets)):
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _shows_strides(found: QuantGroup) -> bool:
+    """Could a reader of q know how far apart the rows of a padded tensor lay?
+
+    Copies and our own ops do not; the model may, or a kernel that was traced with those strides.
+    """
+    cuts = [part for part in found.parts if not val(part).is_contiguous()]
+    readers = {user for cut in cuts for user in cut.users} - set(found.parts)
+    return any(getattr(reader.target, "namespace", "") != "moe_compile" for reader in readers)
 
 
 def _copies_by_columns(scale: fx.Node) -> list[fx.Node]:

@@ -81,10 +81,10 @@ def _fuse(graph: fx.Graph, silu_mul: fx.Node, outcome: Outcome) -> None:
 
 
 _ACTIVATION = ("alpha", "limit", "up_shift", "round_silu")
-_NOT_OURS = ("up", "weights", "interleaved", "round_terms", "round_sigmoid")
+_NOT_OURS = ("up", "weights", "interleaved", "round_terms", "round_sigmoid", "pad_rows")
 _QUANTISATION = (
     *("group", "power_of_two", "column_major", "amax_floor", "scale_floor"),
-    *("scale_by_reciprocal", "quant_by_reciprocal"),
+    *("scale_by_reciprocal", "quant_by_reciprocal", "amax_eps", "scale_eps"),
 )
 
 

@@ -57,7 +57,7 @@ def layer_fp8(x, x_scale, w, w_scale, offsets, **how):
 
 def test_float8():
     def fn(x, x_scale, w, w_scale, offsets):
-        how = {"limit": 10.0, "power_of_two": True, "column_major": True}
+        how = {"limit": 10.0, "power_of_two": True, "column_major": True, "amax_eps": 0.5}
         return layer_fp8(x, x_scale, w, w_scale, offsets, **how)
 
     gm = graph_on_gpu(fn, *gemm_inputs([LEAST_ROWS_FP8, 0], 0, 128, 2 * F, "cpu"))
@@ -71,7 +71,7 @@ arg2_1: f8e4m3[2, 128, 256]
 arg3_1: f32[2, 1, 2]
 arg4_1: i32[2]
 grouped_mm_fp8_silu_mul: bf16[2048, 128] = moe_compile.grouped_mm_fp8_silu_mul(arg0_1, arg1_1, arg2_1, arg3_1, arg4_1, alpha=1.0, limit=10.0, up_shift=0.0, round_silu=True)
-quant_fp8 = moe_compile.quant_fp8(grouped_mm_fp8_silu_mul, group=128, power_of_two=True, column_major=True, offsets=arg4_1)
+quant_fp8 = moe_compile.quant_fp8(grouped_mm_fp8_silu_mul, group=128, power_of_two=True, column_major=True, amax_floor=1e-10, scale_floor=0.0, scale_by_reciprocal=False, quant_by_reciprocal=False, amax_eps=0.5, offsets=arg4_1)
 getitem: f8e4m3[2048, 128] = quant_fp8[0]
 getitem_1: f32[2048, 1] = quant_fp8[1]
 return [getitem, getitem_1]""",  # noqa: E501

@@ -114,7 +114,8 @@ def quant(**constants):
         *("ROUND_SIGMOID", "ROUND_SILU", "ROUND_PRODUCT", "POWER_OF_TWO", "SCALE_BY_RECIPROCAL"),
         *("QUANT_BY_RECIPROCAL", "DIVIDE", "INTERPRETED"),
     )
-    block = {"F": 2048, "GROUP": 128, "BLOCK_R": 1, "GROUPS": 8}
+    block = {"F": 2048, "GROUP": 128, "BLOCK_R": 1, "GROUPS": 8, "STRIDE_Q": 2048}
+    block |= {"AMAX_EPS": 0.0, "SCALE_EPS": 0.0}
     return {**dict.fromkeys(off, False), **block, **constants}
 
 
@@ -226,6 +227,7 @@ KERNELS = {  # module, kernel, types, constants, warps
     "down_combine of Mixtral": ("down_combine", DOWN_COMBINE, down_combine(2, 512, 8, 3), 4),
     "quant": ("quant", QUANT, quant(), 4),
     "quant by division": ("quant", QUANT, quant(DIVIDE=True, POWER_OF_TWO=True), 4),
+    "quant with epsilons": ("quant", QUANT, quant(AMAX_EPS=1e-12, SCALE_EPS=1e-12), 4),
     "quant of silu_mul": ("quant", QUANT, quant(GATED=True, HAS_OFFSETS=True, ROUND_SILU=True), 4),
     "quant of gpt-oss": (
         "quant",

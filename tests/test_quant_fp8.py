@@ -58,6 +58,25 @@ def test_powers_of_two(fn, device):
 
 
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=NAMES)
+def test_epsilons(fn, device):
+    """Behind the floors, and the scale's before the power of two; the last group is short."""
+    x = torch.randn(6, 200, device=device)
+    x[0], x[1] = 0, 1e-9  # where an epsilon is all there is, and where a floor is
+    amax = torch.stack([g.abs().amax(1) for g in x.split(128, 1)], 1)
+    how = {"amax_eps": 0.3, "scale_eps": 7e-4}
+    got = fn(x, amax_floor=0.1, scale_floor=1e-3, **how)
+    want = ((amax.clamp(min=0.1) + 0.3) / 448).clamp(min=1e-3) + 7e-4
+    assert torch.equal(got[1], want)
+    assert_quantized(got, ((x / want.repeat_interleave(128, 1)[:, :200]).to(FP8), want))
+    exact = ((amax.double().clamp(min=0.1) + 0.3) / 448).clamp(min=1e-3) + 7e-4
+    torch.testing.assert_close(got[1].double(), exact, rtol=2e-7, atol=0)
+    _, scale = fn(x, amax_floor=0.0, scale_by_reciprocal=True, **how)
+    assert torch.equal(scale, (amax + 0.3) * (1 / 448) + 7e-4)
+    _, scale = fn(x, amax_floor=0.0, power_of_two=True, scale_eps=2.0**-9)
+    assert torch.equal(scale, torch.exp2(torch.log2(amax / 448 + 2.0**-9).ceil()))
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=NAMES)
 def test_extreme_values(fn, device):
     x = torch.zeros(4, 128, device=device)
     x[1, 3], x[1, 4], x[2, 5], x[3, 7] = 3e38, -1e38, float("nan"), 1e-30
@@ -80,7 +99,7 @@ def test_strided_input(fn, device):
 def test_opcheck(device):
     x = torch.randn(5, 512, device=device)
     offsets = torch.tensor([3, 5], dtype=torch.int32, device=device)
-    for options in {}, {"column_major": True}, {"group": 64, "offsets": offsets}:
+    for options in {}, {"column_major": True}, {"group": 64, "offsets": offsets, "amax_eps": 1e-6}:
         opcheck(quant_fp8, (x,), options, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -90,6 +109,8 @@ def test_opcheck(device):
         ([(4,)], {}, r"expected x \[R, F\], got \[4\]"),
         ([(4, 128)], {"group": 32}, r"expected groups of 64 or 128, got 32"),
         ([(4, 128)], {"amax_floor": -1.0}, r"expected floors of 0 or more, got"),
+        ([(4, 128)], {"scale_eps": -1.0}, r"expected finite epsilons of 0 or more, got \(0.0, -1"),
+        ([(4, 128)], {"amax_eps": float("inf")}, r"expected finite epsilons of 0 or more, got"),
     ],
 )
 def test_refused(args, options, message, device):

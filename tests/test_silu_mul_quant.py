@@ -54,6 +54,18 @@ def test_weights_come_before_the_quantisation(fn, device):
 
 
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=NAMES)
+def test_epsilons_come_behind_the_floors(fn, device):
+    x = torch.randn(5, 400, device=device)  # the last group is short
+    got = fn(x, amax_floor=0.1, scale_floor=1e-3, amax_eps=0.3, scale_eps=7e-4)
+    amax = fn(x, amax_floor=0.0)[1].double() * 448
+    want = ((amax.clamp(min=0.1) + 0.3) / 448).clamp(min=1e-3) + 7e-4
+    torch.testing.assert_close(got[1].double(), want, rtol=1e-6, atol=0)
+    step = got[1].repeat_interleave(128, 1)[:, :200].double()
+    exact = silu_mul_reference(x.double())
+    assert ((dequantized(*got).double() - exact).abs() <= exact.abs() / 13 + step / 256).all()
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=NAMES)
 def test_two_tensors_are_as_two_halves(fn, device):
     x = torch.randn(5, 512, device=device).bfloat16()
     wide = torch.randn(5, 300, device=device).bfloat16()
@@ -93,10 +105,22 @@ def test_scales_by_columns(fn, device):
     assert torch.equal(q.view(torch.uint8), q_rows.view(torch.uint8))
 
 
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=NAMES)
+def test_rows_apart(fn, device):
+    """As in a tensor of whole groups whose columns were cut off."""
+    x = torch.randn(5, 400, device=device)
+    (q, scale), (q_want, scale_want) = fn(x, pad_rows=True), fn(x)
+    assert q.stride() == (256, 1)
+    assert q_want.is_contiguous()
+    assert torch.equal(q.float(), q_want.float())
+    assert torch.equal(scale, scale_want)
+    opcheck(silu_mul_quant, (x,), {"pad_rows": True}, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_opcheck(device):
     x = torch.randn(5, 512, device=device)
     offsets = torch.tensor([3, 5], dtype=torch.int32, device=device)
-    for options in {}, {"column_major": True}, {"group": 64, "offsets": offsets}:
+    for options in {}, {"column_major": True}, {"group": 64, "offsets": offsets, "scale_eps": 1e-6}:
         opcheck(silu_mul_quant, (x,), options, test_utils=("test_schema", "test_faketensor"))
 
 

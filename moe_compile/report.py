@@ -106,6 +106,7 @@ _PICKY = (
     "choose_attention",
     "rotate_together",
     "read_cache",
+    "store_together",
 )
 
 

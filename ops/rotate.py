@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compile.ops._check import check, check_dims, check_float, check_same_device
-from moe_compile.ops._gated import rounded
 from moe_compile.ops._library import define
 from moe_compile.ops._overlap import overlap, wait_for_previous
+from moe_compile.ops._rotate_kernel import heads_of_program, rotate_heads, with_unit_stride
 
 
 def rotate_reference(
@@ -59,75 +59,6 @@ def _turned(x_BQHD: Tensor, cos_BQ1R: Tensor, sin_BQ1R: Tensor) -> Tensor:
     low, high = x_BQHR.chunk(2, -1)
     turned = x_BQHR * cos_BQ1R + torch.cat([-high, low], -1) * sin_BQ1R
     return torch.cat([turned, x_BQHD[..., R:]], -1)
-
-
-@triton.jit
-def _weighted(y, scale, weight_ptr, d, is_in, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    dtype = weight_ptr.dtype.element_ty
-    weight = tl.load(weight_ptr + d, mask=is_in, other=0.0).to(tl.float32)[None, :]
-    return rounded(rounded(y * scale, dtype, True, INTERPRETED) * weight, dtype, True, INTERPRETED)
-
-
-@triton.jit
-def _rotate_heads(  # type: ignore[no-untyped-def]
-    x_ptr,
-    stride_xh,
-    weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    out_ptr,
-    stride_oh,
-    first,
-    num_heads,
-    eps,
-    HAS_WEIGHT: tl.constexpr,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Some heads of one token: the lower and upper half of what is turned, and the rest."""
-    dtype = out_ptr.dtype.element_ty
-    head = first + tl.arange(0, HEADS)
-    is_head = (head < num_heads)[:, None]
-    d = tl.arange(0, BLOCK_L)
-    is_in = d < R // 2
-    x_ptrs = x_ptr + head.to(tl.int64)[:, None] * stride_xh + d[None, :]
-    out_ptrs = out_ptr + head.to(tl.int64)[:, None] * stride_oh + d[None, :]
-    is_both = is_head & is_in[None, :]
-    low = tl.load(x_ptrs, mask=is_both, other=0.0).to(tl.float32)
-    high = tl.load(x_ptrs + R // 2, mask=is_both, other=0.0).to(tl.float32)
-    cos_low = tl.load(cos_ptr + d, mask=is_in, other=0.0).to(tl.float32)[None, :]
-    cos_high = tl.load(cos_ptr + R // 2 + d, mask=is_in, other=0.0).to(tl.float32)[None, :]
-    sin_low = tl.load(sin_ptr + d, mask=is_in, other=0.0).to(tl.float32)[None, :]
-    sin_high = tl.load(sin_ptr + R // 2 + d, mask=is_in, other=0.0).to(tl.float32)[None, :]
-    if R < D:
-        u = tl.arange(0, BLOCK_U)
-        is_rest = u < D - R
-        rest_ptrs = x_ptr + head.to(tl.int64)[:, None] * stride_xh + (R + u)[None, :]
-        rest = tl.load(rest_ptrs, mask=is_head & is_rest[None, :], other=0.0).to(tl.float32)
-    if HAS_WEIGHT:
-        total = tl.sum(low * low + high * high, 1)
-        if R < D:
-            total += tl.sum(rest * rest, 1)
-        scale = tl.rsqrt(total / D + eps)[:, None]
-        low = _weighted(low, scale, weight_ptr, d, is_in, INTERPRETED)
-        high = _weighted(high, scale, weight_ptr, R // 2 + d, is_in, INTERPRETED)
-        if R < D:
-            rest = _weighted(rest, scale, weight_ptr, R + u, is_rest, INTERPRETED)
-    new_low = rounded(low * cos_low, dtype, True, INTERPRETED)
-    new_low -= rounded(high * sin_low, dtype, True, INTERPRETED)
-    new_high = rounded(high * cos_high, dtype, True, INTERPRETED)
-    new_high += rounded(low * sin_high, dtype, True, INTERPRETED)
-    new_low = rounded(new_low, dtype, True, INTERPRETED)
-    new_high = rounded(new_high, dtype, True, INTERPRETED)
-    tl.store(out_ptrs, new_low.to(dtype), mask=is_both)
-    tl.store(out_ptrs + R // 2, new_high.to(dtype), mask=is_both)
-    if R < D:
-        rest_ptrs = out_ptr + head.to(tl.int64)[:, None] * stride_oh + (R + u)[None, :]
-        tl.store(rest_ptrs, rest.to(dtype), mask=is_head & is_rest[None, :])
 
 
 @triton.jit
@@ -172,7 +103,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     sin_ptr += batch * stride_sb + place * stride_sq
     blocks_of_q = tl.cdiv(A, HEADS)
     if block < blocks_of_q:
-        _rotate_heads(
+        rotate_heads(
             q_ptr + batch * stride_qb + place * stride_qq,
             stride_qh,
             q_weight_ptr,
@@ -192,7 +123,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
             INTERPRETED,
         )
     else:
-        _rotate_heads(
+        rotate_heads(
             k_ptr + batch * stride_kb + place * stride_kq,
             stride_kh,
             k_weight_ptr,
@@ -213,9 +144,6 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
         )
 
 
-_MOST_SINGLE = 1056  # programs of one head: eight for each of the 132 SMs of an H100 or H200
-
-
 def rotate_triton(
     q_BQAD: Tensor,
     k_BQGD: Tensor,
@@ -230,14 +158,14 @@ def rotate_triton(
 
     heads: of a program, a power of two; by default as said.
     """
-    _check(q_BQAD, k_BQGD, cos_BQR, sin_BQR, q_weight_D, k_weight_D)
-    q_out, k_out = _empty(q_BQAD), _empty(k_BQGD)
+    check_rotate("rotate", q_BQAD, k_BQGD, cos_BQR, sin_BQR, q_weight_D, k_weight_D)
+    q_out, k_out = empty_heads(q_BQAD), empty_heads(k_BQGD)
     (B, Q, A, D), G, R = q_BQAD.shape, k_BQGD.shape[2], cos_BQR.shape[2]
     if B * Q == 0:
         return q_out, k_out
-    q, k, cos, sin = map(_with_unit_stride, (q_BQAD, k_BQGD, cos_BQR, sin_BQR))
+    q, k, cos, sin = map(with_unit_stride, (q_BQAD, k_BQGD, cos_BQR, sin_BQR))
     cos, sin = cos.expand(B, Q, R), sin.expand(B, Q, R)
-    heads = heads or (1 if B * Q * (A + G) <= _MOST_SINGLE else 4)
+    heads = heads or heads_of_program(B * Q * (A + G))
     _rotate_kernel[(B * Q, triton.cdiv(A, heads) + triton.cdiv(G, heads))](
         q,
         k,
@@ -269,16 +197,13 @@ def rotate_triton(
     return q_out, k_out
 
 
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty(x_BQHD: Tensor) -> Tensor:
+def empty_heads(x_BQHD: Tensor) -> Tensor:
     """[B, H, Q, D], in memory as [B, Q, H, D]."""
     return x_BQHD.new_empty(x_BQHD.shape).transpose(1, 2)
 
 
-def _check(
+def check_rotate(
+    op: str,
     q_BQAD: Tensor,
     k_BQGD: Tensor,
     cos_BQR: Tensor,
@@ -286,7 +211,7 @@ def _check(
     q_weight_D: Tensor | None,
     k_weight_D: Tensor | None,
 ) -> None:
-    op = "rotate"
+    """The inputs are such as `rotate` takes."""
     check_dims(op, "q", q_BQAD, "[B, Q, A, D]")
     check_dims(op, "k", k_BQGD, "[B, Q, G, D]")
     check_float(op, "q", q_BQAD)
@@ -319,8 +244,8 @@ def _fake(
     k_weight_D: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    _check(q_BQAD, k_BQGD, cos_BQR, sin_BQR, q_weight_D, k_weight_D)
-    return _empty(q_BQAD), _empty(k_BQGD)
+    check_rotate("rotate", q_BQAD, k_BQGD, cos_BQR, sin_BQR, q_weight_D, k_weight_D)
+    return empty_heads(q_BQAD), empty_heads(k_BQGD)
 
 
 def _cpu(
@@ -332,10 +257,10 @@ def _cpu(
     k_weight_D: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    _check(q_BQAD, k_BQGD, cos_BQR, sin_BQR, q_weight_D, k_weight_D)
+    check_rotate("rotate", q_BQAD, k_BQGD, cos_BQR, sin_BQR, q_weight_D, k_weight_D)
     tensors = q_BQAD, k_BQGD, cos_BQR, sin_BQR, q_weight_D, k_weight_D
     q_out, k_out = rotate_reference(*tensors, eps)
-    return _empty(q_BQAD).copy_(q_out), _empty(k_BQGD).copy_(k_out)
+    return empty_heads(q_BQAD).copy_(q_out), empty_heads(k_BQGD).copy_(k_out)
 
 
 rotate = define(

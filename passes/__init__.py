@@ -20,6 +20,7 @@ from moe_compile.passes.hoist_constants import hoist_constants
 from moe_compile.passes.lint_collectives import lint_collectives
 from moe_compile.passes.read_cache import read_cache
 from moe_compile.passes.rotate_together import rotate_together
+from moe_compile.passes.store_together import store_together
 
 PASSES: tuple[Pass, ...] = (
     find_experts,
@@ -38,4 +39,5 @@ PASSES: tuple[Pass, ...] = (
     count_together,
     rotate_together,
     read_cache,
+    store_together,
 )

@@ -68,8 +68,8 @@ def view_source(node: Any) -> Any:
     """The node whose memory `node` is a view of, or None."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
-    mine = _storage(node)
-    sources = [s for s in node.all_input_nodes if mine is not None and _storage(s) == mine]
+    mine = storage(node)
+    sources = [s for s in node.all_input_nodes if mine is not None and storage(s) == mine]
     return sources[0] if sources else None
 
 
@@ -80,7 +80,8 @@ def strip_views(node: Any) -> Any:
     return node
 
 
-def _storage(node: fx.Node) -> Any:
+def storage(node: fx.Node) -> Any:
+    """What names the memory of a node's value, or of the first of several, if it has one."""
     value = node.meta.get("val")
     if isinstance(value, (list, tuple)) and value:
         value = value[0]

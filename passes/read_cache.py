@@ -14,22 +14,19 @@ from moe_compile.passes._graph import (
     CASTS,
     COPIES,
     RESHAPES,
-    SQUEEZES,
     arg,
     args,
     aten,
     call,
     constant,
-    has_val,
     is_call,
-    operands,
-    prims,
     same,
     same_shape,
     strip,
     val,
 )
 from moe_compile.passes._outcome import Declined, Outcome, exactness
+from moe_compile.passes._positions import WHOLE, before_reshapes, is_arange
 
 _CUDNN = aten._scaled_dot_product_cudnn_attention.default
 _ATTENTIONS = (
@@ -215,71 +212,16 @@ def _last(mask: Any, query: fx.Node, keys: fx.Node) -> Any:
         last, positions = args(mask)
     else:
         return None
-    if not _is_arange(positions, val(keys).shape[2]):
+    if not is_arange(positions, val(keys).shape[2]):
         return None
     shape = val(last).shape  # sequences in the first of four dims, if there are several
     if not all(same(n, 1) for n in (shape[1:] if len(shape) == 4 else shape)):
         return None
-    last = _before_reshapes(last)
+    last = before_reshapes(last)
     B = shape[0] if len(shape) == 4 else 1
     fits = same(val(last).numel(), 1) or same(B, val(query).shape[0])
-    is_whole = val(last).dtype in _WHOLE
+    is_whole = val(last).dtype in WHOLE
     return last if fits and is_whole and val(last).device == val(query).device else None
-
-
-_WHOLE = (torch.int64, torch.int32)
-
-
-def _is_arange(x: Any, S: Any) -> bool:
-    """Is x 0, 1, .., S - 1 along its last dim, and the same along all others?"""
-    while is_call(x, aten.expand.default) and _ends_in(args(x)[0], S):
-        x = args(x)[0]
-    if not _ends_in(x, S) or not same(val(x).numel(), S):
-        return False
-    x = _before_reshapes(x)
-    return same(val(x).numel(), S) and _counts_from_0(x)
-
-
-def _ends_in(x: fx.Node, size: Any) -> bool:
-    return val(x).ndim > 0 and same(val(x).shape[-1], size)
-
-
-def _counts_from_0(x: fx.Node) -> bool:
-    if val(x).dtype not in _WHOLE:
-        return False
-    if is_call(x, prims.iota.default):
-        return bool(x.kwargs.get("start") == 0 and x.kwargs.get("step") == 1)
-    return is_call(x, aten.arange.default)
-
-
-def _before_reshapes(x: fx.Node) -> fx.Node:
-    """The same numbers in the same order, or the one that all of them are, before reshapes,
-    expansions and sums with 0."""
-    while True:
-        source = None
-        if is_call(x, *RESHAPES, *SQUEEZES, *COPIES):
-            source = args(x)[0]
-        elif is_call(x, aten.expand.default):
-            source = args(x)[0]
-            if not same(val(source).numel(), 1) and not _as_many(source, x):
-                return x
-        elif is_call(x, aten.add.Tensor) and not x.kwargs:
-            found = (a for a, zero in operands(x) if _is_0(zero) and _as_many(a, x))
-            source = next((a for a in found if val(a).dtype in _WHOLE), None)
-        if source is None:
-            return x
-        x = source
-
-
-def _as_many(a: Any, b: fx.Node) -> bool:
-    return has_val(a) and same(val(a).numel(), val(b).numel())
-
-
-def _is_0(x: Any) -> bool:
-    """Is x a whole 0, also if it is the only element of an arange?"""
-    if not isinstance(x, fx.Node):
-        return type(x) is int and x == 0
-    return has_val(x) and same(val(x).numel(), 1) and _counts_from_0(x)
 
 
 def _closes(number: Any, node: fx.Node) -> bool:

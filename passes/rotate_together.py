@@ -1,5 +1,6 @@
 """Turn queries and keys by their positions in one kernel."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class _Rotation:
 
 
 @exactness("reassociating")
-def rotate_together(graph: fx.Graph) -> Outcome:
+def rotate_together(graph: fx.Graph, devices: Collection[str] = ("cuda",)) -> Outcome:
     """On a GPU, norm and turn the queries and keys of few tokens in one kernel.
 
     Before:
@@ -89,7 +90,7 @@ def rotate_together(graph: fx.Graph) -> Outcome:
     outcome = Outcome()
     waiting: dict[tuple[fx.Node, fx.Node], _Rotation] = {}
     for cat in graph.find_nodes(op="call_function", target=aten.cat.default):
-        if not _is_looked_at(cat):
+        if val(cat).device.type not in devices or not _is_looked_at(cat):
             continue
         try:
             found = _rotation(cat)
@@ -112,10 +113,10 @@ def rotate_together(graph: fx.Graph) -> Outcome:
 
 
 def _is_looked_at(cat: fx.Node) -> bool:
-    """Does this swap the halves of few tokens' heads on a GPU, one of them negated?"""
+    """Does this swap the halves of few tokens' heads, one of them negated?"""
     pieces = args(cat)[0]
     value = val(cat)
-    if value.device.type != "cuda" or value.ndim != 4 or len(pieces) != 2:
+    if value.ndim != 4 or len(pieces) != 2:
         return False
     tokens = value.shape[2]
     if not isinstance(tokens, int) or not 1 <= tokens <= _MOST_TOKENS:

@@ -88,6 +88,11 @@ ROTATE = {
     **{f"stride_{x}{dim}": "i32" for x, dim in product("qkcs", "bqh")},
     "eps": "fp32",
 }
+STORE = {
+    **{**ROTATE, "v_ptr": "*bf16", "position_ptr": "*i64", "S": "i32", "stride_p": "i32"},
+    **{"k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16"},
+    **{f"stride_{x}{dim}": "i32" for x, dim in product(("v", "kc", "vc"), "bqhgs")},
+}
 
 
 def heads(repeats, d, f, rows, positions, stages, **constants):
@@ -325,6 +330,18 @@ KERNELS = {  # module, kernel, types, constants, warps
         ATTEND,
         {"F": 128, "INTERPRETED": False, "BLOCK_P": 32, "BLOCK_F": 32},
         1,
+    ),
+    "rotate_and_store of Qwen3": (
+        "rotate_and_store",
+        STORE,
+        turned(128, 128, F=128, BLOCK_F=128),
+        1,
+    ),
+    "rotate_and_store of many": (
+        "rotate_and_store",
+        STORE,
+        turned(80, 40, HEADS=4, F=80, BLOCK_L=32, BLOCK_U=64, BLOCK_F=128),
+        4,
     ),
     "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),
     "all_reduce_add_rms_norm of eight": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(8), 8),

@@ -82,7 +82,7 @@ def test_without_tqdm(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     from moe_compile.warmup import _bar
 
-    assert list(_bar([1, 2], True)) == [1, 2]
+    assert list(_bar([1, 2], "warmup", "batch size", True)) == [1, 2]
 
 
 ERRORS = {

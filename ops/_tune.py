@@ -30,7 +30,7 @@ _LEAST_GAIN = 0.02  # less may be chance, and the analytic model's blocks stay
 _MOST_ERROR = 0.02  # of the largest value: more than another order of summing makes in bfloat16
 
 
-def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 7) -> float:
+def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:
     """The median time of one call, replayed from a CUDA graph that makes them all in turn."""
     return statistics.median(times(calls, replays))
 

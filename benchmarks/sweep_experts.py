@@ -69,8 +69,8 @@ def sweep(model: str, T: int, fp8: bool) -> None:
         print(f"    {replaced.__name__}, blocks as chosen: {time(None, None):.2f} us", flush=True)
     ups = _candidates.experts_up_fp8 if fp8 else _candidates.experts_up
     downs = _candidates.experts_down((x.dtype, fp8, layer.K), (T, layer.F, layer.H), None)
-    pairs_of = {"up": [(b, None) for b in ups((), (), None)], "down": [(None, b) for b in downs]}
-    for name, candidates in pairs_of.items():
+    tried = {"up": [(b, None) for b in ups((), (), None)], "down": [(None, b) for b in downs]}
+    for name, candidates in tried.items():
         found = []
         for up, down in candidates:
             one = up or down

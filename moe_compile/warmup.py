@@ -49,8 +49,9 @@ def warmup(
     caches: by batch size, the static caches that requests will be given as `past_key_values`. They
         are reset afterwards.
     tune: before anything is recorded, measure which blocks are the fastest for each launch of our
-        kernels that no warmup measured before on such a GPU: minutes once, and then kept on disk
-        beside Inductor's caches (docs/cuda_graphs.md). All ranks of a job say the same.
+        kernels that no warmup measured before on such a GPU. Slow the first time; kept on disk
+        beside Inductor's caches (docs/cuda_graphs.md). All ranks of a job say the same. On a CPU
+        there is nothing to measure.
     progress: show bars, where tqdm is installed.
     Logs the seconds of each batch size (`TORCH_LOGS=moe_compile`).
     Errors: ValueError for a model that is not prepared, for batch sizes or lengths below what a run
@@ -87,7 +88,7 @@ def _measure(run: Callable[[], None], device: torch.device, progress: bool) -> N
     with recording() as asked:
         run()
     jobs = _bar(_tune.jobs(asked, device), "tune", "launch", progress)
-    _tune.keep([job.measured(device) for job in jobs])
+    _tune.keep([job.measured(device) for job in jobs], device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what was measured on
 

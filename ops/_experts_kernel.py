@@ -233,13 +233,13 @@ def launch_down(
     quantisation: tuple[float, bool] = (0.0, False),
 ) -> None:
     (T, K), (E, F, C) = ids_TK.shape, w_EFO.shape
-    fp8 = w_scale is not None
+    fp8, block_k = w_scale is not None, triton.next_power_of_2(K)
     blocks = blocks or EXPERTS_DOWN.chosen(
         h_RF.device,
         (h_RF.dtype, fp8, K),
         (T, F, C),
         choose_few_blocks,
-        *(F, triton.next_power_of_2(K), fp8),
+        *(F, block_k, fp8),
     )
     down_combine_kernel[(T * triton.cdiv(C, blocks.o),)](
         h_RF,
@@ -262,7 +262,7 @@ def launch_down(
         HAS_BIAS=bias_EO is not None,
         EVEN=F % blocks.f == 0,
         K=K,
-        BLOCK_K=triton.next_power_of_2(K),
+        BLOCK_K=block_k,
         BLOCK_F=blocks.f,
         BLOCK_O=blocks.o,
         STAGES=blocks.stages,

@@ -3,7 +3,7 @@
     share(device)
     with recording() as asked:
         ...  # launches
-    keep([job.measured(device) for job in jobs(asked, device)])
+    keep([job.measured(device) for job in jobs(asked, device)], device)
 
 All ranks of a job call these together: they know the same before and after, and share the work.
 """
@@ -58,7 +58,6 @@ class Measured(NamedTuple):
     """The fastest blocks of a kernel for one launch."""
 
     name: str
-    family: str
     kind: Kind
     sizes: Sizes
     blocks: tuple[Any, ...]
@@ -69,7 +68,6 @@ class Job(NamedTuple):
     """A launch to measure, with the analytic model's blocks for it."""
 
     name: str
-    family: str
     kind: Kind
     sizes: Sizes
     analytic: Any
@@ -84,7 +82,7 @@ class Job(NamedTuple):
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         try:
             with torch.inference_mode(), on_device:
-                return Measured(*self[:4], *self._fastest(device, time))
+                return Measured(*self[:3], *self._fastest(device, time))
         except torch.OutOfMemoryError as error:
             log.warning("tune: left %s out: %s", self, str(error).splitlines()[0])
             return None
@@ -119,23 +117,22 @@ def jobs(asked: Mapping[Asked, Any], device: torch.device) -> list[Job]:
     """What was asked for and is not measured: of what all ranks were asked, this one's share."""
     family = family_of(device)
     own = [
-        Job(a.kernel.name, family, a.kind, a.sizes, blocks)
+        Job(a.kernel.name, a.kind, a.sizes, blocks)
         for a, blocks in asked.items()
         if family_of(a.device) == family and not a.is_measured()
     ]
-    every = {job[:4]: job for rank in _from_all(own) for job in rank}
+    every = {job[:3]: job for rank in _from_all(own) for job in rank}
     found = sorted(every.values(), key=repr)
     return found[dist.get_rank() :: dist.get_world_size()] if is_one_of_several() else found
 
 
-def keep(found: Iterable[Measured | None]) -> None:
+def keep(found: Iterable[Measured | None], device: torch.device) -> None:
     """Let all ranks take what all ranks found, and the first write it to disk."""
     is_first = not is_one_of_several() or dist.get_rank() == 0
     for rank in _from_all([one for one in found if one is not None]):
         for one in rank:
-            KERNELS[one.name].keep(
-                one.family, one.kind, one.sizes, one.blocks, one.us, on_disk=is_first
-            )
+            kernel, what = KERNELS[one.name], (one.kind, one.sizes, one.blocks, one.us)
+            kernel.keep(family_of(device), *what, on_disk=is_first)
 
 
 def share(device: torch.device) -> None:

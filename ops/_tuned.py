@@ -5,8 +5,8 @@
 Triton and a hash of the kernel's source file: where one of these is another, it is not found.
 
 Blocks decide in which order a sum is added up. So that ranks which compute the same get the same to
-the bit, a process of a job of several reads nothing by itself: `_tune.share` gives all ranks what
-the first one has.
+the bit, a process that is one of several of a job when it first launches reads nothing by itself:
+`_tune.share` gives all ranks what the first one has.
 """
 
 import contextlib

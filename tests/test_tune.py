@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 ANALYTIC = Blocks(2, 128, False, 1, 4)
 OTHERS = [Blocks(n, 128, False, 1, 4) for n in (4, 8, 16)]
-JOB = Job("skinny_mm", "cpu", (2, torch.float32, True), (96, 16), ANALYTIC)
+JOB = Job("skinny_mm", (2, torch.float32, True), (96, 16), ANALYTIC)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def timer(**us):
 def test_the_fastest_is_taken(few):
     state = torch.get_rng_state()
     found = JOB.measured(CPU, timer(n2=10.0, n4=9.0, n8=7.0, n16=8.0))
-    assert found == (*JOB[:4], OTHERS[1], 7.0)
+    assert found == (*JOB[:3], OTHERS[1], 7.0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -101,7 +101,7 @@ def test_without_memory_there_is_no_measurement(few, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="moe_compile"):
         assert JOB.measured(CPU, timer()) is None
     assert "left" in caplog.text
-    _tune.keep([None])
+    _tune.keep([None], CPU)
     assert SKINNY_MM.table("cpu") == {}
 
 
@@ -119,7 +119,7 @@ def test_what_was_measured_is_not_again_and_launches_take_it(few):
         skinny_mm_triton(x, w)
     (job,) = _tune.jobs(asked, CPU)
     assert job == JOB
-    _tune.keep([job.measured(CPU, timer(n2=10.0, n4=9.0, n8=7.0, n16=8.0))])
+    _tune.keep([job.measured(CPU, timer(n2=10.0, n4=9.0, n8=7.0, n16=8.0))], CPU)
     assert _tune.jobs(asked, CPU) == []
     SKINNY_MM.forget()  # as a later process
     assert SKINNY_MM.chosen(CPU, job.kind, job.sizes, lambda: ANALYTIC) == OTHERS[1]
@@ -267,7 +267,7 @@ def as_rank(monkeypatch):
 
 
 def test_ranks_know_what_the_first_one_does(as_rank, folder):
-    SKINNY_MM.keep("cpu", *JOB[2:4], OTHERS[0], 1.0)
+    SKINNY_MM.keep("cpu", *JOB[1:3], OTHERS[0], 1.0)
     known = {(repr(JOB.kind), JOB.sizes): tuple(OTHERS[1])}
     SKINNY_MM.forget()
     as_rank(1, lambda _: {"skinny_mm": known, "attend": {}})
@@ -284,21 +284,21 @@ def test_ranks_know_what_the_first_one_does(as_rank, folder):
 def test_ranks_share_the_work_and_what_they_find(as_rank, folder):
     kinds = [(rows, torch.float32, True) for rows in (1, 2, 3, 4)]
     asked = {Asked(SKINNY_MM, CPU, kind, (96, 16)): ANALYTIC for kind in kinds[:3]}
-    theirs = [Job("skinny_mm", "cpu", kind, (96, 16), ANALYTIC) for kind in kinds[1:]]
+    theirs = [Job("skinny_mm", kind, (96, 16), ANALYTIC) for kind in kinds[1:]]
     work = []
     for rank in 0, 1:
         as_rank(rank, lambda _: theirs)
         work.append(_tune.jobs(asked, CPU))
     assert sorted((job.kind for jobs in work for job in jobs), key=repr) == kinds
     assert [len(jobs) for jobs in work] == [2, 2]
-    first, second = ([_tune.Measured(*job[:4], OTHERS[0], 1.0) for job in jobs] for jobs in work)
+    first, second = ([_tune.Measured(*job[:3], OTHERS[0], 1.0) for job in jobs] for jobs in work)
     as_rank(1, lambda _: first)
-    _tune.keep(second)
+    _tune.keep(second, CPU)
     assert not list(folder.rglob("*.json"))  # the first one writes
     assert len(SKINNY_MM.table("cpu")) == 4
     SKINNY_MM.forget()
     as_rank(0, lambda _: second)
-    _tune.keep(first)
+    _tune.keep(first, CPU)
     assert len(SKINNY_MM.table("cpu")) == 4
     assert len(list(folder.rglob("*.json"))) == 4
 
@@ -333,7 +333,7 @@ def test_on_a_gpu(folder, device):
     assert [job.name for job in jobs] == ["attend", "skinny_mm"]
     found = [job.measured(gpu) for job in jobs]
     assert all(0 < one.us < 1000 for one in found)
-    _tune.keep(found)
+    _tune.keep(found, gpu)
     assert len(list(folder.rglob("*.json"))) == 2
     for kernel in KERNELS.values():
         kernel.forget()

@@ -133,7 +133,7 @@ def test_tuning_comes_before_anything_is_recorded(model, device, steps, monkeypa
             return steps.append("measured")
 
     monkeypatch.setattr(WARMUP._tune, "jobs", lambda asked, on: [Job(), Job()])
-    monkeypatch.setattr(WARMUP._tune, "keep", lambda found: steps.append(found))
+    monkeypatch.setattr(WARMUP._tune, "keep", lambda found, on: steps.append(found))
     seconds = moe_compile.warmup(model, [1, 2], prompt_length=5, tune=True)
     runs = ["compile", "step", "step"], ["tune", "measured", "measured", [None, None]]
     assert steps == [*runs[0], *runs[1], "warmup", *["step"] * 8]

@@ -9,7 +9,7 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from _results import FOLDER, write
 from torch import Tensor
 
 from moe_compile.ops import moe
+from moe_compile.ops._tune import microseconds, times  # noqa: F401 (bench_layer's)
 
 
 class Layer(NamedTuple):
@@ -47,30 +48,6 @@ LAYERS = {
 def _read_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + tl.program_id(0), tl.sum(tl.load(x_ptr + place), 0))
-
-
-def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:
-    """The median time of one call, replayed from a CUDA graph that makes them all in turn."""
-    return statistics.median(times(calls, replays))
-
-
-def times(calls: Sequence[Callable[[], Any]], replays: int) -> list[float]:
-    """Microseconds of one call in each replay of that graph."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    found = []
-    for _ in range(replays + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return found[2:]
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from bench_ops import microseconds, roofs
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from moe_compile.ops import _candidates
 from moe_compile.ops._attend_kernel import Blocks, choose_blocks
 from moe_compile.ops.attend import attend_triton
 
@@ -70,18 +71,11 @@ def choice(heads: Heads, B: int, S: int) -> Blocks:
 
 
 def candidates(heads: Heads, B: int, S: int) -> list[Blocks]:
-    """Some 24 blocks whose programs fill up to two of the machine."""
+    """What is taken today and the others."""
+    A, G, D, features = heads
     chosen = choice(heads, B, S)
-    found = {chosen}
-    counts = [n for n in (1, 2, 4, 8, 10, 16, 20, 32, 64) if 16 <= n * B * heads.G <= 300] or [1]
-    for positions in 32, 64:
-        num_blocks = -(-S // positions)
-        for splits in sorted({min(n, num_blocks) for n in counts})[-3:]:
-            one_step = splits == num_blocks
-            for warps, stages in itertools.product((1, 2, 4) if one_step else (2, 4), (2, 3)):
-                if stages == 2 or not one_step:
-                    found.add(Blocks(chosen.rows, positions, splits, warps, stages))
-    return sorted(found)
+    kind = (A // G, 1, D, features, torch.bfloat16, "last")
+    return sorted({chosen, *_candidates.attend(kind, (B * G, S), chosen)})
 
 
 Job = tuple[Heads, int, Blocks, bool]

@@ -15,23 +15,9 @@ from bench_layer_fp8 import weights_fp8
 from bench_ops import LAYERS, microseconds, roofs, routings, weights
 from torch import Tensor
 
-from moe_compile.ops import _experts_kernel, _overlap, moe
+from moe_compile.ops import _candidates, _experts_kernel, _overlap, moe
 from moe_compile.ops._experts_kernel import FewBlocks, launch_few, launch_few_fp8
 from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
-
-UP = [
-    *(Blocks(1, 16, 256, 1, w, s) for w, s in [(4, 3), (2, 3), (4, 1)]),
-    *(Blocks(1, 8, k, 1, w, s) for k, w, s in [(256, 2, 3), (512, 4, 3), (1024, 8, 2)]),
-    *(Blocks(1, 4, k, 1, w, s) for k, w, s in [(512, 2, 3), (1024, 4, 1)]),
-    Blocks(1, 16, 512, 1, 8, 3),
-]
-DOWN = [(256, o, w, s) for o, w, s in itertools.product((4, 8), (4, 8), (1, 2, 3))]
-DOWN += [(256, 2, 4, 1), (256, 2, 2, 2), (256, 16, 8, 2), (128, 8, 4, 3), (128, 16, 4, 3)]
-DOWN += [(512, 8, 4, 3), (512, 8, 8, 3), (512, 4, 4, 3), (1024, 4, 4, 3), (1024, 4, 8, 3)]
-UP_FP8 = [Blocks(16, n, 0, 1, w, s) for n, w, s in [(64, 4, 4), (64, 4, 6), (32, 2, 6), (32, 4, 6)]]
-UP_FP8 += [Blocks(1, n, 0, 1, w, s) for n, w, s in [(16, 2, 3), (16, 2, 1), (32, 4, 3), (8, 2, 3)]]
-DOWN_FP8 = [(128, o, w, s) for o, w, s in itertools.product((4, 8, 16), (2, 4), (1, 3))]
-DOWN_FP8 += [(256, 8, 4, 3), (256, 16, 8, 3), (512, 8, 4, 3), (512, 4, 4, 3), (1024, 4, 4, 3)]
 
 
 def main() -> None:
@@ -81,12 +67,15 @@ def sweep(model: str, T: int, fp8: bool) -> None:
         for module in MODULES:
             module.overlap = replaced
         print(f"    {replaced.__name__}, blocks as chosen: {time(None, None):.2f} us", flush=True)
-    for name, candidates in (("up", UP_FP8 if fp8 else UP), ("down", DOWN_FP8 if fp8 else DOWN)):
+    ups = _candidates.experts_up_fp8 if fp8 else _candidates.experts_up
+    downs = _candidates.experts_down((x.dtype, fp8, layer.K), (T, layer.F, layer.H), None)
+    tried = {"up": [(b, None) for b in ups((), (), None)], "down": [(None, b) for b in downs]}
+    for name, candidates in tried.items():
         found = []
-        for one in candidates:
+        for up, down in candidates:
+            one = up or down
             try:
-                down = FewBlocks(*one) if name == "down" else None
-                found.append((time(None if down else one, down), tuple(one)))
+                found.append((time(up, down), tuple(one)))
             except Exception as error:
                 print("   ", one, type(error).__name__)
         for us, one in sorted(found)[:6]:

@@ -16,81 +16,17 @@ from bench_layer_fp8 import weights_fp8
 from bench_ops import LAYERS, Layer, microseconds, roofs, routings, weights
 from torch import Tensor
 
-from moe_compile.ops import _grouped_mm_fp8_kernel, _grouped_mm_kernel, moe
+from moe_compile.ops import _candidates, _grouped_mm_fp8_kernel, _grouped_mm_kernel, moe
 from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
 
 DTYPES = ["bfloat16", "float32", "float8_e4m3fn"]
 
-# One row in a tile, without tensor cores.
-ONE = {
-    True: [
-        *(Blocks(1, n, 256, 1, w, s) for n, w in [(8, 2), (16, 2), (16, 4)] for s in (1, 3)),
-        *(
-            Blocks(1, n, 512, 1, w, s)
-            for n, w in [(4, 2), (8, 4), (16, 4), (16, 8)]
-            for s in (1, 3)
-        ),
-        *(Blocks(1, n, 1024, 1, w, s) for n, w in [(4, 4), (8, 4), (8, 8)] for s in (1, 2)),
-    ],
-    False: [
-        *(Blocks(1, 64, k, 1, w, s) for k, w in [(32, 2), (64, 4), (128, 4)] for s in (1, 3)),
-        *(Blocks(1, 128, k, 1, w, s) for k, w in [(32, 4), (64, 8)] for s in (1, 3)),
-    ],
-}
-FEW = {
-    True: [
-        *(Blocks(16, 32, k, 1, w, s) for k, w, s in [(64, 2, 4), (64, 2, 6), (64, 2, 8)]),
-        *(Blocks(16, 32, k, 1, w, s) for k, w, s in [(64, 1, 6), (64, 4, 6), (128, 1, 4)]),
-        *(Blocks(16, 32, k, 1, w, s) for k, w, s in [(128, 2, 5), (128, 4, 5), (256, 4, 3)]),
-        *(Blocks(16, 64, k, 1, w, s) for k, w, s in [(64, 2, 5), (64, 4, 5), (128, 2, 4)]),
-        *(Blocks(16, 64, k, 1, w, s) for k, w, s in [(128, 4, 3), (128, 4, 4), (256, 4, 3)]),
-        *(Blocks(16, 128, k, 1, w, s) for k, w, s in [(64, 4, 4), (128, 8, 3)]),
-    ],
-    False: [
-        *(Blocks(16, 64, k, 1, w, s) for k, w, s in [(64, 2, 5), (64, 4, 5), (64, 4, 6)]),
-        *(Blocks(16, 64, k, 1, w, s) for k, w, s in [(128, 4, 3), (128, 4, 4), (32, 2, 8)]),
-        *(Blocks(16, 128, k, 1, w, s) for k, w, s in [(64, 4, 4), (32, 4, 6), (128, 8, 3)]),
-        Blocks(16, 256, 32, 1, 8, 5),
-    ],
-}
-SOME = [
-    *(Blocks(16, n, k, 1, w, s) for n, k, w, s in [(64, 128, 4, 4), (128, 64, 4, 4)]),
-    *(Blocks(32, n, k, 4, w, s) for n, k, w, s in [(64, 128, 4, 4), (128, 64, 4, 4)]),
-    *(Blocks(64, n, k, 4, w, s) for n, k, w, s in [(64, 128, 4, 4), (128, 64, 4, 4)]),
-    *(Blocks(64, n, k, 4, w, s) for n, k, w, s in [(128, 128, 4, 3), (256, 64, 8, 4)]),
-    *(Blocks(128, n, 64, 4, w, s) for n, w, s in [(128, 8, 3), (256, 8, 3)]),
-]
-FP8 = {  # by the rows of an expert, up to
-    16: [
-        *(Blocks(1, n, 0, 1, w, s) for n, w in [(8, 2), (16, 2), (16, 4), (32, 4)] for s in (1, 3)),
-        *(Blocks(16, n, 0, 1, w, s) for n, w, s in [(32, 2, 6), (32, 4, 6), (64, 4, 4)]),
-        *(Blocks(16, n, 0, 1, w, s) for n, w, s in [(64, 2, 5), (64, 4, 6), (128, 4, 4)]),
-        *(Blocks(32, n, 0, 4, 4, s) for n, s in [(64, 4), (128, 3), (128, 4)]),
-    ],
-    128: [
-        *(Blocks(32, n, 0, 4, w, s) for n, w, s in [(64, 4, 4), (128, 4, 4), (128, 8, 4)]),
-        *(Blocks(64, n, 0, 4, w, s) for n, w, s in [(64, 4, 4), (128, 4, 4), (128, 8, 4)]),
-        *(Blocks(128, n, 0, g, 8, s) for n, g, s in [(64, 4, 4), (128, 4, 3), (128, 4, 4)]),
-    ],
-    2**31: [
-        *(Blocks(128, 128, 0, g, 8, s) for g in (4, 8, 16) for s in (3, 4, 5)),
-        *(Blocks(64, 128, 0, g, 4, 4) for g in (8, 16)),
-    ],
-}
-MANY = [
-    *(Blocks(128, 256, 64, g, 8, s) for g in (4, 8, 12, 16) for s in (3, 4)),
-    *(Blocks(128, 128, 64, g, 8, s) for g in (8, 16) for s in (3, 4)),
-]
-
 
 def candidates(layer: Layer, T: int, dtype: torch.dtype) -> list[Blocks]:
-    rows_per_expert = T * layer.K / layer.E
+    sizes = (T * layer.K, layer.E, layer.H, layer.F)
     if dtype == torch.float8_e4m3fn:
-        return next(found for most, found in FP8.items() if rows_per_expert <= most)
-    if rows_per_expert <= 16:
-        few = ONE[layer.h_contiguous] + FEW[layer.h_contiguous]
-        return few if T <= 16 else few + SOME[2:4]
-    return SOME if rows_per_expert <= 128 else MANY
+        return _candidates.grouped_mm_fp8((), sizes, None)
+    return _candidates.grouped_mm((dtype, layer.h_contiguous), sizes, None)
 
 
 def product(x: Any, w: Any, gate: Gate | None, blocks: Blocks, *routing: Any) -> Tensor:

@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from bench_ops import microseconds, roofs
 from torch import Tensor
 
-from moe_compile.ops._skinny_mm_kernel import MOST_ROWS_OF_SUMS, Blocks, choose_blocks
+from moe_compile.ops import _candidates, _scratch
+from moe_compile.ops._skinny_mm_kernel import (
+    MOST_ROWS,
+    MOST_ROWS_OF_SUMS,
+    Blocks,
+    choose_blocks,
+)
+from moe_compile.ops._tuned import Kind, Sizes
 from moe_compile.ops.skinny_mms import skinny_mms_triton
 
 
@@ -45,66 +52,17 @@ MODELS = {
     "gpt_oss": {"qkv": Dense(2880, (4096, 512, 512)), "o": Dense(4096, (2880,))},
 }
 
-# A warp reads 256 of K at once. One stage leaves the order of loads to ptxas.
-SUMS = [
-    *(Blocks(1, 256 * w, False, w, s) for w, s in [(2, 4), (4, 4), (8, 1), (8, 3), (8, 4)]),
-    *(Blocks(2, 256 * w, False, w, s) for w, s in [(2, 6), (4, 4), (8, 1), (8, 3), (8, 4)]),
-    *(Blocks(4, 256 * w, False, w, s) for w, s in [(1, 6), (2, 4), (2, 6), (4, 1), (4, 3), (4, 4)]),
-    *(Blocks(4, 256 * w, False, w, s) for w, s in [(8, 1), (8, 2), (8, 3), (8, 4)]),
-    *(Blocks(8, 256 * w, False, w, s) for w, s in [(1, 5), (2, 3), (2, 4), (2, 5), (4, 1), (4, 3)]),
-    *(Blocks(8, 256 * w, False, w, s) for w, s in [(4, 4), (8, 1), (8, 2), (8, 3)]),
-    *(
-        Blocks(16, 256 * w, False, w, s)
-        for w, s in [(1, 4), (2, 3), (2, 4), (4, 2), (4, 3), (8, 1)]
-    ),
-]
-DOT = [
-    *(Blocks(8, k, True, w, s) for k, w, s in [(128, 1, 8), (256, 1, 5), (256, 2, 4), (256, 4, 4)]),
-    *(Blocks(8, k, True, w, s) for k, w, s in [(512, 4, 3), (512, 4, 4), (1024, 8, 3)]),
-    *(Blocks(16, k, True, w, s) for k, w, s in [(128, 2, 5), (128, 2, 8), (256, 2, 3)]),
-    *(
-        Blocks(16, k, True, w, s)
-        for k, w, s in [(256, 2, 4), (256, 4, 3), (256, 4, 4), (512, 4, 3)]
-    ),
-    *(Blocks(32, k, True, w, s) for k, w, s in [(64, 4, 6), (128, 2, 4), (128, 4, 3), (128, 4, 4)]),
-    *(Blocks(32, k, True, w, s) for k, w, s in [(128, 4, 5), (256, 4, 3), (256, 8, 3)]),
-    *(Blocks(64, k, True, w, s) for k, w, s in [(64, 4, 5), (128, 4, 3), (128, 4, 4), (128, 8, 4)]),
-]
-# Weights stored [K, N].
-SUMS_N = [
-    *(Blocks(16, k, False, w, s) for k, w, s in [(128, 4, 4), (256, 8, 3), (128, 8, 4)]),
-    *(Blocks(32, k, False, w, s) for k, w, s in [(32, 2, 5), (64, 4, 3), (64, 4, 5), (128, 8, 4)]),
-    *(Blocks(64, k, False, w, s) for k, w, s in [(16, 2, 5), (32, 4, 3), (32, 4, 5), (64, 8, 4)]),
-]
-DOT_N = [
-    *(Blocks(16, k, True, w, s) for k, w, s in [(64, 4, 5), (128, 4, 4), (256, 4, 3)]),
-    *(Blocks(32, k, True, w, s) for k, w, s in [(64, 2, 5), (64, 4, 5), (128, 4, 4)]),
-    *(Blocks(64, k, True, w, s) for k, w, s in [(32, 4, 6), (64, 4, 4), (64, 4, 5), (128, 4, 4)]),
-]
-L2 = 2**26  # more than the L2 of an H200
+
+def key_of(layer: Dense, M: int, k_contiguous: bool = True) -> tuple[Kind, Sizes]:
+    """What `_tuned_kernels.py` calls such a launch."""
+    rows = M if M <= MOST_ROWS_OF_SUMS else MOST_ROWS
+    return (rows, torch.bfloat16, k_contiguous), (layer.K, *layer.Ns)
 
 
 def candidates(layer: Dense, M: int, k_contiguous: bool = True) -> list[Blocks]:
-    """Those whose programs can occupy the GPU and whose depth is not all padding."""
-    sums, dot = (SUMS, DOT) if k_contiguous else (SUMS_N, DOT_N)
-    found = (sums if M <= MOST_ROWS_OF_SUMS else []) + (dot if M > 1 else [])
+    """What is taken today, then the others."""
     now = choose_blocks(M, layer.K, sum(layer.Ns), torch.bfloat16, k_contiguous)
-    fitting = [b for b in found if b.k < 2 * layer.K and sum(layer.Ns) >= 8 * b.n]
-    return list(dict.fromkeys([now, *fitting]))
-
-
-def calls_of(layer: Dense, M: int, k_contiguous: bool = True) -> list[tuple[Tensor, list[Tensor]]]:
-    """x and weights of [K, N] for each call of a replay."""
-    size = 2 * layer.K * sum(layer.Ns)
-    count = min(256, max(4, 2 * L2 // size))
-
-    def weight(N: int) -> Tensor:
-        shape = (N, layer.K) if k_contiguous else (layer.K, N)
-        w = torch.empty(shape, device="cuda", dtype=torch.bfloat16).uniform_(-0.05, 0.05)
-        return w.t() if k_contiguous else w
-
-    x = torch.randn(M, layer.K, device="cuda", dtype=torch.bfloat16)
-    return [(x, [weight(N) for N in layer.Ns]) for _ in range(count)]
+    return list(dict.fromkeys([now, *_candidates.skinny_mm(*key_of(layer, M, k_contiguous), now)]))
 
 
 def product(x: Tensor, ws: Sequence[Tensor], blocks: Blocks | None) -> list[Tensor]:
@@ -152,7 +110,7 @@ def main() -> None:
 
 
 def sweep(name: str, layer: Dense, M: int, k_contiguous: bool, most: int) -> None:
-    calls = calls_of(layer, M, k_contiguous)
+    calls = _scratch.skinny_mm_inputs(*key_of(layer, M, k_contiguous), torch.device("cuda"))
     now, *others = candidates(layer, M, k_contiguous)
     floor = sum(w.nbytes for w in calls[0][1]) / roofs()[0]
     peers: dict[str, Callable[..., list[Tensor]]] = {"torch": linears}

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import triton
 
-from moe_compile import _measured
+from moe_compile.ops import _measured
 from moe_compile.ops._process_groups import process_group
 from moe_compile.ops._symmetric_memory import Inbox, open_inbox
 from moe_compile.ops.all_reduce_add_rms_norm import exchange
@@ -31,17 +31,16 @@ def measure(hidden_size: int, dtype: torch.dtype, group_name: str, most_rows: in
             "use_symmetric_memory: expected GPUs that read and write each other's memory, "
             f"got {error}"
         ) from error
-    key = repr((
-        "all_reduce_add_rms_norm", torch.cuda.get_device_name(), group.size(), hidden_size,
-        str(dtype), most_rows, torch.__version__, triton.__version__, torch.cuda.nccl.version(),
-        source_hash(Path(__file__).parent),
+    family = repr((
+        "all_reduce_add_rms_norm", torch.cuda.get_device_name(), torch.__version__,
+        triton.__version__, torch.cuda.nccl.version(), source_hash(Path(__file__).parent),
     ))  # fmt: skip
-    kept = _measured.load(key)
-    kept = _from_first(-1 if kept is None else kept, group)
+    key = repr((group.size(), hidden_size, str(dtype), most_rows))
+    kept = _from_first(_measured.load(family).get(key, -1), group)
     if kept < 0:
         kept = _fastest(hidden_size, dtype, inbox, group_name, most_rows)
         if dist.get_rank(group) == 0:
-            _measured.save(key, kept)
+            _measured.save(family, key, kept)
     inbox.fastest[hidden_size, dtype] = kept
     return kept
 

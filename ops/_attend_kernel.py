@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_compile.ops._gated import LN_2, LOG2_E, LOG2_E_REST, rounded
 from moe_compile.ops._overlap import overlap, wait_for_previous
+from moe_compile.ops._tuned_kernels import ATTEND
 
 
 @triton.jit
@@ -272,7 +273,14 @@ def launch(
     stride_ma, stride_mq = mask.stride()[1:3]
     is_shared = mask_BAQS is None or ((A == G or stride_ma == 0) and (Q == 1 or stride_mq == 0))
     rows, num_rows = A // G * Q, B * A * Q
-    how = blocks or choose_blocks(B * G, rows, S, D + F, q.dtype)
+    masked = None if mask_BAQS is None else (mask.dtype, is_shared)
+    how = blocks or ATTEND.chosen(
+        q.device,
+        (A // G, Q, D, F, q.dtype, "last" if last is not None else masked),
+        (B * G, S),
+        choose_blocks,
+        *(B * G, rows, S, D + F, q.dtype),
+    )
     sums = out_BAQF
     if how.splits > 1:
         sums = q.new_empty(num_rows * how.splits * (F + 2), dtype=torch.float32)

@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._grouped_mm_fp8_kernel import group_of_scales
 from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
 from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
 from moe_compile.ops._grouped_mm_kernel import launch as launch_grouped_mm
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._quant_kernel import quantized, to_e4m3
+from moe_compile.ops._tuned_kernels import EXPERTS_DOWN, EXPERTS_UP, EXPERTS_UP_FP8
 
 
 class FewBlocks(NamedTuple):
@@ -171,10 +173,16 @@ def launch_few(
     ids_TK = ids_TK.contiguous()
     T, K = ids_TK.shape
     h_RF = x_TH.new_empty(T * K, w_down_EFO.shape[1])
-    launch_grouped_mm(
-        x_TH, w_up_EHG, h_RF, ids_TK, None, K, bias_up_EG, gate, blocks_up or BLOCKS_UP, direct=True
+    blocks_up = blocks_up or EXPERTS_UP.chosen(
+        x_TH.device,
+        (x_TH.dtype, gate.interleaved, K),
+        (T * K, *w_up_EHG.shape[1:]),
+        lambda: BLOCKS_UP,
     )
-    _launch_down(h_RF, ids_TK, weights_TK, w_down_EFO, None, bias_down_EO, out_TO, blocks_down)
+    launch_grouped_mm(
+        x_TH, w_up_EHG, h_RF, ids_TK, None, K, bias_up_EG, gate, blocks_up, direct=True
+    )
+    launch_down(h_RF, ids_TK, weights_TK, w_down_EFO, None, bias_down_EO, out_TO, blocks_down)
 
 
 def launch_few_fp8(
@@ -200,14 +208,20 @@ def launch_few_fp8(
     ids_TK = ids_TK.contiguous()
     T, K = ids_TK.shape
     h_RF = out_TO.new_empty(T * K, down[0].shape[1], dtype=dtype)
-    blocks_up = blocks_up or choose_blocks_up_fp8(h_RF.shape[1])
+    blocks_up = blocks_up or EXPERTS_UP_FP8.chosen(
+        x_TH.device,
+        (dtype, group_of_scales(x_TH.shape[1], x_scale_TK), K),
+        (T * K, *up[0].shape[1:]),
+        choose_blocks_up_fp8,
+        h_RF.shape[1],
+    )
     launch_fp8(
         x_TH, x_scale_TK, *up, h_RF, ids_TK, None, K, None, gate, blocks_up, direct=True
     )  # fmt: skip
-    _launch_down(h_RF, ids_TK, weights_TK, *down, None, out_TO, blocks_down, quantisation)
+    launch_down(h_RF, ids_TK, weights_TK, *down, None, out_TO, blocks_down, quantisation)
 
 
-def _launch_down(
+def launch_down(
     h_RF: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
@@ -219,7 +233,14 @@ def _launch_down(
     quantisation: tuple[float, bool] = (0.0, False),
 ) -> None:
     (T, K), (E, F, C) = ids_TK.shape, w_EFO.shape
-    blocks = blocks or choose_few_blocks(F, triton.next_power_of_2(K), w_scale is not None)
+    fp8, block_k = w_scale is not None, triton.next_power_of_2(K)
+    blocks = blocks or EXPERTS_DOWN.chosen(
+        h_RF.device,
+        (h_RF.dtype, fp8, K),
+        (T, F, C),
+        choose_few_blocks,
+        *(F, block_k, fp8),
+    )
     down_combine_kernel[(T * triton.cdiv(C, blocks.o),)](
         h_RF,
         ids_TK,
@@ -235,13 +256,13 @@ def _launch_down(
         w_EFO.stride(2),
         *((0, 0, 0) if w_scale is None else w_scale.stride()),
         quantisation[0],
-        FP8=w_scale is not None,
+        FP8=fp8,
         POWER_OF_TWO=quantisation[1],
         INTERPRETED=not h_RF.is_cuda,
         HAS_BIAS=bias_EO is not None,
         EVEN=F % blocks.f == 0,
         K=K,
-        BLOCK_K=triton.next_power_of_2(K),
+        BLOCK_K=block_k,
         BLOCK_F=blocks.f,
         BLOCK_O=blocks.o,
         STAGES=blocks.stages,

@@ -18,6 +18,7 @@ from moe_compile.ops._grouped_mm_kernel import (
     swaps,
 )
 from moe_compile.ops._overlap import overlap, wait_for_previous
+from moe_compile.ops._tuned_kernels import GROUPED_MM_FP8
 
 
 def choose_blocks_fp8(R: int, E: int, G: int) -> Blocks:
@@ -272,11 +273,18 @@ def launch(
     if y_RG.numel() == 0:
         return
     x_NH = x_NH if x_NH.stride(1) == 1 else x_NH.contiguous()
-    blocks = blocks or choose_blocks_fp8(R, E, G)
+    group_k = group_of_scales(H, x_scale_NK)
+    top = 0 if rows_R is None else top_k
+    blocks = blocks or GROUPED_MM_FP8.chosen(
+        x_NH.device,
+        (y_RG.dtype, group_k, gate is not None, top, offsets_E is None),
+        (R, E, H, G),
+        choose_blocks_fp8,
+        *(R, E, G),
+    )
     num_tiles = R if direct else R // blocks.m + (min(R, E + 1) if blocks.m > 1 else 0)
     if offsets_E is None:
         num_tiles = triton.cdiv(R, blocks.m)
-    group_k = group_of_scales(H, x_scale_NK)
     limit = None if gate is None else gate.limit
     grouped_mm_fp8_kernel[(num_tiles * triton.cdiv(G, blocks.n),)](
         x_NH,

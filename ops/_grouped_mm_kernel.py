@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_compile.ops._gated import gated, rounded
 from moe_compile.ops._overlap import overlap, wait_for_previous
+from moe_compile.ops._tuned_kernels import GROUPED_MM
 
 
 class Blocks(NamedTuple):
@@ -339,7 +340,11 @@ def launch(
     if y_RG.numel() == 0:
         return
     x_NH = x_NH if x_NH.stride(1) == 1 else x_NH.contiguous()
-    blocks = blocks or choose_blocks(R, E, x_NH.dtype, w_EHG.stride(1) == 1)
+    gating = 0 if gate is None else 2 if gate.interleaved else 1
+    h_contiguous = w_EHG.stride(1) == 1
+    kind = (x_NH.dtype, h_contiguous, gating, 0 if rows_R is None else top_k)
+    model = (choose_blocks, R, E, x_NH.dtype, h_contiguous)
+    blocks = blocks or GROUPED_MM.chosen(x_NH.device, kind, (R, E, H, G), *model)
     # E experts and the rows of none are E + 1 groups; each group that is not empty adds at most one
     # tile that is not full.
     num_tiles = R // blocks.m + (min(R, E + 1) if blocks.m > 1 else 0)
@@ -363,7 +368,7 @@ def launch(
         0.0 if limit is None else float(limit),
         0.0 if gate is None else float(gate.up_shift),
         DIRECT=direct,
-        GATE=0 if gate is None else 2 if gate.interleaved else 1,
+        GATE=gating,
         HAS_LIMIT=limit is not None,
         HAS_ROWS=rows_R is not None,
         HAS_BIAS=bias_EG is not None,

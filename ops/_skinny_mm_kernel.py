@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compile.ops._overlap import overlap, wait_for_previous
+from moe_compile.ops._tuned_kernels import SKINNY_MM
 
 MOST_ROWS = 16  # as the tensor cores multiply at once
 MOST_ROWS_OF_SUMS = 4  # each row has sums of its own in the registers of every thread
@@ -243,7 +244,13 @@ def launch(
         return ys
     x = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     k_contiguous = all(w.stride(0) == 1 for w in ws)
-    blocks = blocks or choose_blocks(M, K, sum(Ns), x.dtype, k_contiguous)
+    blocks = blocks or SKINNY_MM.chosen(
+        x.device,
+        (M if M <= MOST_ROWS_OF_SUMS else MOST_ROWS, x.dtype, k_contiguous),
+        (K, *Ns),
+        choose_blocks,
+        *(M, K, sum(Ns), x.dtype, k_contiguous),
+    )
     skinny_mm_kernel[(sum(triton.cdiv(N, blocks.n) for N in Ns),)](
         x,
         tuple(ws),

@@ -1,6 +1,7 @@
 """warmup: afterwards `generate` compiles nothing."""
 
 import builtins
+import importlib
 import logging
 
 import pytest
@@ -9,6 +10,10 @@ import transformers
 from test_huggingface import qwen3
 
 import moe_compile
+from moe_compile.ops import _candidates, _measured
+from moe_compile.ops._tuned import KERNELS
+
+WARMUP = importlib.import_module("moe_compile.warmup")  # the name is that of the function, too
 
 
 def prompts(batch, length, device):
@@ -82,7 +87,7 @@ def test_without_tqdm(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     from moe_compile.warmup import _bar
 
-    assert list(_bar([1, 2], True)) == [1, 2]
+    assert list(_bar([1, 2], "warmup", "batch size", True)) == [1, 2]
 
 
 ERRORS = {
@@ -106,3 +111,59 @@ def test_models_that_are_not_prepared():
         message = f"^warmup: expected a model that moe_compile.prepare made ready, got {name}"
         with pytest.raises(ValueError, match=message):
             moe_compile.warmup(model, [1])
+
+
+@pytest.fixture
+def steps(model, monkeypatch):
+    """What warmup does, in order; decode steps run uncompiled."""
+    steps = []
+    uncompiled = lambda config: lambda **inputs: steps.append("step") or model(**inputs)  # noqa: E731
+    monkeypatch.setattr(model, "get_compiled_call", uncompiled)
+    bar = lambda items, desc, unit, progress: steps.append(desc) or items  # noqa: E731
+    monkeypatch.setattr(WARMUP, "_bar", bar)
+    return steps
+
+
+def test_tuning_comes_before_anything_is_recorded(model, device, steps, monkeypatch):
+    """One decode step is run and not recorded by CUDA graphs, which record the second."""
+
+    class Job:
+        def measured(self, on):
+            assert on == model.device
+            return steps.append("measured")
+
+    monkeypatch.setattr(WARMUP._tune, "jobs", lambda asked, on: [Job(), Job()])
+    monkeypatch.setattr(WARMUP._tune, "keep", lambda found, on: steps.append(found))
+    seconds = moe_compile.warmup(model, [1, 2], prompt_length=5, tune=True)
+    runs = ["compile", "step", "step"], ["tune", "measured", "measured", [None, None]]
+    assert steps == [*runs[0], *runs[1], "warmup", *["step"] * 8]
+    assert list(seconds) == [1, 2]
+
+
+def test_untuned_it_measures_and_records_nothing(model, steps, monkeypatch):
+    for module, name in (WARMUP._tune, "jobs"), (WARMUP._tune, "keep"), (WARMUP, "recording"):
+        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr(_measured, "save", None)
+    moe_compile.warmup(model, [1], prompt_length=5)
+    assert steps == ["warmup", *["step"] * 4]
+
+
+@pytest.mark.gpu
+def test_tuned_on_a_gpu(model, device, monkeypatch, tmp_path):
+    """Few candidates of each; all that decoding launches is measured, and tokens stay the same."""
+    tokens = prompts(1, 5, device)
+    want = model.generate(tokens, max_new_tokens=6, do_sample=False)
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for kernel in KERNELS.values():
+        kernel.forget()
+        candidates = getattr(_candidates, kernel.name)
+        few = lambda *key, candidates=candidates: candidates(*key)[:2]  # noqa: E731
+        monkeypatch.setattr(_candidates, kernel.name, few)
+    moe_compile.warmup(model, [1], prompt_length=5, max_length=32, tune=True)
+    assert any(kernel._tables for kernel in KERNELS.values())
+    assert list((tmp_path / "moe_compile").rglob("*.json"))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(want, model.generate(tokens, max_new_tokens=6, do_sample=False))
+    for kernel in KERNELS.values():
+        kernel.forget()

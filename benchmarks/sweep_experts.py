@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moe_compile.ops import _candidates, _experts_kernel, _overlap, moe
 from moe_compile.ops._experts_kernel import FewBlocks, launch_few, launch_few_fp8
-from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
+from moe_compile.ops._grouped_mm_blocks import Blocks
+from moe_compile.ops._grouped_mm_kernel import Gate
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from bench_ops import LAYERS, Layer, microseconds, roofs, routings, weights
 from torch import Tensor
 
 from moe_compile.ops import _candidates, _grouped_mm_fp8_kernel, _grouped_mm_kernel, moe
-from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
+from moe_compile.ops._grouped_mm_blocks import Blocks
+from moe_compile.ops._grouped_mm_kernel import Gate
 
 DTYPES = ["bfloat16", "float32", "float8_e4m3fn"]
 

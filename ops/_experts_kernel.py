@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_fp8_kernel import group_of_scales
 from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
-from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
+from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops._grouped_mm_kernel import launch as launch_grouped_mm
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._quant_kernel import quantized, to_e4m3

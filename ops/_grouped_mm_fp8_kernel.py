@@ -1,4 +1,4 @@
-"""The kernel of `grouped_mm_fp8` and `linear_fp8`, and the choice of its blocks.
+"""The kernel of `grouped_mm_fp8` and `linear_fp8`.
 
 Tiles as in `grouped_mm`. The product of each group along K is added up by itself, scaled in float32
 and added to the rest: so sums in the tensor cores stay short, and every scale is applied once.
@@ -9,43 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_compile.ops._grouped_mm_kernel import (
-    Blocks,
-    Gate,
-    columns_of_w,
-    find_tile,
-    gated_pairs,
-    swaps,
-)
+from moe_compile.ops._grouped_mm_blocks import Blocks, choose_blocks_fp8, swaps
+from moe_compile.ops._grouped_mm_kernel import Gate, columns_of_w, find_tile, gated_pairs
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._tuned_kernels import GROUPED_MM_FP8
-
-
-def choose_blocks_fp8(R: int, E: int, G: int) -> Blocks:
-    """Blocks for R rows over E experts and G columns; k is the group of the scales.
-
-    The numbers are microseconds on one H200 (torch 2.11, Triton 3.6, 2026-11-22) by
-    `sweep_grouped_mm.py --dtype float8_e4m3fn`: gate+up, then down. Roofs then: 4.49 TB/s,
-    715 TFLOP/s bfloat16.
-    """
-    m = min(64, max(16, triton.next_power_of_2(triton.cdiv(2 * R, E))))
-    if m == 16 and R * triton.cdiv(G, 64) <= 132:
-        # Too few programs to fill the machine: Mixtral, T = 1, down 40.8; with n = 64, 48.8.
-        return Blocks(16, 32, 0, 1, 4, 6)
-    if m == 16:
-        # T = 16 (see `swaps`): Mixtral 217 and 113 (96 and 92 % of the roof; 3 or 6 stages 218 to
-        # 221 and 114 to 117), DeepSeek-V3 with 32 experts 215 (96 %).
-        return Blocks(16, 64, 0, 1, 4, 5)
-    if m == 32:
-        return Blocks(32, 64, 0, 4, 4, 4)  # Mixtral, T = 64: 229 and 118 (91 and 88 %)
-    if R < 128 * E:
-        # T = 1024: Qwen3 136 and 84 (m = 128: 166 and 110), DeepSeek-V3 1836 and 954 (2437, 1350).
-        return Blocks(64, 128, 0, 4, 4, 4)
-    if R < 1024 * E:
-        # T = 8192: Qwen3 624 and 390 (m = 128: 662, 437), DeepSeek-V3 5813 and 2981 (5795, 3306).
-        return Blocks(64, 128, 0, 16, 4, 4)
-    # Mixtral, T = 8192: 5170 and 2430 (52 and 55 % of the roof).
-    return Blocks(128, 128, 0, 8, 8, 4)
 
 
 @triton.jit
@@ -280,7 +247,7 @@ def launch(
         (y_RG.dtype, group_k, gate is not None, top, offsets_E is None),
         (R, E, H, G),
         choose_blocks_fp8,
-        *(R, E, G),
+        *(R, E, H, G),
     )
     num_tiles = R if direct else R // blocks.m + (min(R, E + 1) if blocks.m > 1 else 0)
     if offsets_E is None:

@@ -1,4 +1,4 @@
-"""The kernel of `grouped_mm`, and the choice of its blocks.
+"""The kernel of `grouped_mm`.
 
 A tile is up to BLOCK_M rows of one expert. The host knows only how many tiles there can be; each
 program finds its own from the offsets on the device, so nothing waits for the router.
@@ -16,68 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compile.ops._gated import gated, rounded
+from moe_compile.ops._grouped_mm_blocks import Blocks, choose_blocks, swaps
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._tuned_kernels import GROUPED_MM
-
-
-class Blocks(NamedTuple):
-    """Rows, columns and depth of one program, tiles that share L2, and how Triton compiles it."""
-
-    m: int
-    n: int
-    k: int
-    group: int
-    warps: int
-    stages: int
-
-
-def choose_blocks(R: int, E: int, dtype: torch.dtype, h_contiguous: bool) -> Blocks:
-    """Blocks for R rows over E experts, from what the host knows without waiting.
-
-    The numbers are microseconds on one H200 (torch 2.11, Triton 3.6, 2026-11-22, bfloat16) by
-    benchmarks/sweep_grouped_mm.py: gate+up, then down. Roofs then: 4.64 TB/s, 723 TFLOP/s.
-    """
-    # Twice the mean rows of an expert: a tile too low reads a whole weight again. Mixtral, T = 64,
-    # a mean of 16: 431 with m = 32, 592 with m = 16.
-    m = min(128, max(16, triton.next_power_of_2(triton.cdiv(2 * R, E))))
-    if h_contiguous and (4 * R <= E or (dtype == torch.float32 and m == 16)):
-        # One row: Qwen3-30B-A3B, T = 1, 15.4 and 9.4 (72 and 59 % of the roof), T = 4, 46.1 and
-        # 26.8; Mixtral, T = 1, 111 and 56.0 (93 and 92 %); DeepSeek-V3, T = 1, 109 and 56.4 (94 and
-        # 91 %). Rows that share an expert read it again from L2: Mixtral, T = 4, 419 and 175, not
-        # 288 and 149. In float32 the tensor cores don't help: there 827 and 364, not 2965 and 1718.
-        return Blocks(1, 16, 256, 1, 2, 3)
-    if dtype == torch.float32:  # true float32 runs on the CUDA cores
-        return Blocks(min(m, 64), 64, 32, 8, 8 if m >= 64 else 4, 3)
-    if m <= 32 and not h_contiguous:
-        # gpt-oss-120b: T = 1, 34.8 and 19.2 (82 and 74 % of the roof); T = 16, 370 and 190 (98 and
-        # 96 %). n = 128, k = 64 is 33.3 and 20.9 at T = 1, and no faster at T = 16.
-        return Blocks(m, 64, 128, 1 if m == 16 else 4, 4, 4)
-    if m <= 32:
-        # Mixtral (see `swaps`): T = 16, 98 and 97 % of the roof, T = 64, 97 %. With 3 stages the
-        # first product is 1 us faster, the second 4 us slower.
-        return Blocks(m, 64, 128, 1 if m == 16 else 4, 4, 4)
-    if m == 64:
-        # DeepSeek-V3, T = 1024: 3502 and 1803 (93 and 90 %); n = 256 with 8 warps 3511 and 1816.
-        return Blocks(64, 128, 64, 4, 4, 4)
-    if R < 128 * E:
-        # Qwen3, T = 1024, a mean of 64: 222 and 129; n = 256: 226 and 133; m = 64: 234 and 129.
-        return Blocks(128, 128, 64, 4, 8, 3)
-    # T = 8192: Mixtral 7137 and 3191 (75 and 83 %), DeepSeek-V3 8514 and 4484 (63 and 59 %).
-    return Blocks(128, 256, 64, 8, 8, 3)
-
-
-def swaps(blocks: Blocks, w_EHG: Tensor) -> bool:
-    """Is a tile better computed as w.T @ x.T?
-
-    Hopper's tensor cores read both sides from shared memory, if the left one has 64 rows: columns
-    of w are that many where rows of x are not. Else operands pass through registers, where float8
-    becomes float16. One H200, 2026-11-22, us, swapped and not, the best blocks of each: Mixtral,
-    float8, T = 64, gate+up with silu_mul 229 and 242, down 118 and 121; T = 16 217 and 224, 113 and
-    119; DeepSeek-V3 215 and 225; in bfloat16 Mixtral 432 and 435, 216 and 221; 424 and 427, 214 and
-    218.
-    """
-    few = 1 < blocks.m <= 32 and blocks.n >= 64 and blocks.warps >= 4
-    return few and w_EHG.stride(1) == 1 and w_EHG.dtype != torch.float32
 
 
 @triton.jit
@@ -343,7 +284,7 @@ def launch(
     gating = 0 if gate is None else 2 if gate.interleaved else 1
     h_contiguous = w_EHG.stride(1) == 1
     kind = (x_NH.dtype, h_contiguous, gating, 0 if rows_R is None else top_k)
-    model = (choose_blocks, R, E, x_NH.dtype, h_contiguous)
+    model = (choose_blocks, R, E, H, x_NH.dtype, h_contiguous)
     blocks = blocks or GROUPED_MM.chosen(x_NH.device, kind, (R, E, H, G), *model)
     # E experts and the rows of none are E + 1 groups; each group that is not empty adds at most one
     # tile that is not full.

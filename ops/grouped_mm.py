@@ -25,7 +25,8 @@ from moe_compile.ops._check import (
     check_same_device,
 )
 from moe_compile.ops._cpu import grouped_mm_cpu
-from moe_compile.ops._grouped_mm_kernel import Blocks, launch
+from moe_compile.ops._grouped_mm_blocks import Blocks
+from moe_compile.ops._grouped_mm_kernel import launch
 from moe_compile.ops._library import define
 
 

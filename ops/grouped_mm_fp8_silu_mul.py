@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from moe_compile.ops._check import check
+from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_fp8_kernel import launch
-from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
+from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops._library import define
 from moe_compile.ops.grouped_mm_fp8 import check_grouped_mm_fp8, grouped_mm_fp8_reference
 

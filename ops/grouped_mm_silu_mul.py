@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from moe_compile.ops._check import check
-from moe_compile.ops._grouped_mm_kernel import Blocks, Gate, launch
+from moe_compile.ops._grouped_mm_blocks import Blocks
+from moe_compile.ops._grouped_mm_kernel import Gate, launch
 from moe_compile.ops._library import define
 from moe_compile.ops.grouped_mm import check_grouped_mm, grouped_mm, grouped_mm_reference
 from moe_compile.ops.silu_mul import silu_mul, silu_mul_reference

@@ -3,7 +3,8 @@ import torch
 from helpers import assert_close
 
 from moe_compile.ops._experts_kernel import FewBlocks, are_few, launch_few
-from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
+from moe_compile.ops._grouped_mm_blocks import Blocks
+from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops.experts import experts, experts_reference, experts_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -4,7 +4,8 @@ from float8 import gemm_inputs
 
 from moe_compile.ops import moe
 from moe_compile.ops._experts_kernel import FewBlocks, are_few, launch_few_fp8
-from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
+from moe_compile.ops._grouped_mm_blocks import Blocks
+from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops.experts_fp8 import experts_fp8, experts_fp8_reference, experts_fp8_triton
 
 FUNCTIONS = [experts_fp8, experts_fp8_triton]

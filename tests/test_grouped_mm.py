@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import FLOATS, assert_close
 
-from moe_compile.ops._grouped_mm_kernel import Blocks
+from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops.grouped_mm import grouped_mm, grouped_mm_reference, grouped_mm_triton
 from moe_compile.ops.sort_tokens import sort_tokens_reference
 

@@ -3,7 +3,7 @@ import torch
 from float8 import GEMM_CASES, assert_close_fp8, gemm_inputs
 from torch.library import opcheck
 
-from moe_compile.ops._grouped_mm_kernel import Blocks
+from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops.grouped_mm_fp8 import (
     grouped_mm_fp8,
     grouped_mm_fp8_reference,

@@ -2,7 +2,7 @@ import pytest
 import torch
 from float8 import assert_close_fp8, gemm_inputs
 
-from moe_compile.ops._grouped_mm_kernel import Blocks
+from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops.grouped_mm_fp8_silu_mul import (
     grouped_mm_fp8_silu_mul,
     grouped_mm_fp8_silu_mul_reference,

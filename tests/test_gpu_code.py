@@ -74,6 +74,10 @@ SKINNY = {  # of q, k and v
     **{name: ("*bf16",) * 3 for name in ("w_ptrs", "bias_ptrs", "y_ptrs")},
     **{name: ("i32",) * 3 for name in ("Ns", "bias_Ns", "strides_w")},
 }
+SKINNY_FP8 = {
+    **{**SKINNY, "xs_ptr": "*fp32", "amax_floor": "fp32"},
+    **{"w_ptrs": ("*fp8e4nv",) * 3, "ws_ptrs": ("*fp32",) * 3},
+}
 
 ATTEND = {
     **{name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")},
@@ -157,6 +161,13 @@ def skinny(rows, n, k, dot, stages, **constants):
     shape = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k, "DOT": dot, "STAGES": stages, "FOLD": 8}
     flags = {"K_CONTIGUOUS": True, "HAS_BIAS": True, "EVEN_K": True, "UPCAST": False}
     return {**shape, **flags, "COUNT": 3, **constants}
+
+
+def skinny_fp8(rows, n, k, dot, ahead, stages, **constants):
+    """The constants of `skinny_mm_fp8_kernel`."""
+    shape = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k, "STAGES": stages, "FOLD": 16, "COUNT": 3}
+    flags = {"DOT": dot, "AHEAD": ahead, "HAS_BIAS": True, "EVEN_K": True, "INTERPRETED": False}
+    return {**shape, **flags, "POWER_OF_TWO": False, "DIVIDE": False, **constants}
 
 
 KERNELS = {  # module, kernel, types, constants, warps
@@ -260,6 +271,25 @@ KERNELS = {  # module, kernel, types, constants, warps
         skinny(16, 64, 64, True, 4, FOLD=1, K_CONTIGUOUS=False),
         4,
     ),
+    "skinny_mm_fp8 of one row": ("skinny_mm_fp8", SKINNY_FP8, skinny_fp8(1, 8, 2048, 0, 0, 3), 4),
+    "skinny_mm_fp8 of four rows, a short group": (
+        "skinny_mm_fp8",
+        SKINNY_FP8,
+        skinny_fp8(4, 4, 512, False, False, 3, EVEN_K=False, POWER_OF_TWO=True, DIVIDE=True),
+        1,
+    ),
+    "skinny_mm_fp8 of many rows": (
+        "skinny_mm_fp8",
+        SKINNY_FP8,
+        skinny_fp8(16, 32, 128, 1, 0, 6),
+        4,
+    ),
+    "skinny_mm_fp8 of many rows, quantised ahead": (
+        "skinny_mm_fp8",
+        {**SKINNY_FP8, "x_ptr": "*fp8e4nv"},
+        skinny_fp8(16, 8, 128, True, True, 6),
+        4,
+    ),
     "attend of Qwen3": ("attend", ATTEND, heads(8, 128, 128, 16, 32, 3, SCAN=False), 4),
     "attend up to a position": (
         "attend",
@@ -323,9 +353,10 @@ MODULES = {
     "attend": "_attend_kernel",
     "all_reduce_add_rms_norm": "_all_reduce_kernel",
     "down_combine": "_experts_kernel",
-    "skinny_mm": "_skinny_mm_kernel",
+    **{"skinny_mm": "_skinny_mm_kernel", "skinny_mm_fp8": "_skinny_mm_fp8_kernel"},
 }
 NAMED = ("route", "grouped_mm", "quant", "grouped_mm_fp8", "down_combine", "skinny_mm")
+NAMED += ("skinny_mm_fp8",)
 NAMES = {op: f"{op}_kernel" for op in NAMED}
 ALIGNED = [["tt.divisibility", 16]]
 

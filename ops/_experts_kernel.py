@@ -1,9 +1,10 @@
 """The experts of so few tokens that hardly two share one: two kernels, and nothing is sorted.
 
 The first is `grouped_mm_silu_mul`'s, where each (token, slot) pair is a tile of one row and finds
-its expert in the ids themselves. The second is here: the second product and the sum over a token's
-experts in one, so that each program reads its columns of K weights at once. In float8 it quantises
-the rows itself, groups of 128 as it comes to them.
+its expert in the ids themselves; `_gate_up_fp8_kernel.py`'s from rows that are to be quantised. The
+second is here: the second product and the sum over a token's experts in one, so that each program
+reads its columns of K weights at once. In float8 it quantises the rows itself, groups of 128 as it
+comes to them.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks, launch_gate_up
 from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
 from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
 from moe_compile.ops._grouped_mm_kernel import launch as launch_grouped_mm
@@ -179,7 +181,7 @@ def launch_few(
 
 def launch_few_fp8(
     x_TH: Tensor,
-    x_scale_TK: Tensor,
+    x_scale_TL: Tensor | None,
     ids_TK: Tensor,
     weights_TK: Tensor,
     up: tuple[Tensor, Tensor],
@@ -188,22 +190,28 @@ def launch_few_fp8(
     dtype: torch.dtype,
     gate: Gate,
     quantisation: tuple[float, bool],
-    blocks_up: Blocks | None = None,
+    blocks_up: Blocks | GateUpBlocks | None = None,
     blocks_down: FewBlocks | None = None,
 ) -> None:
     """Fill out from float8 rows and weights with their scales; rows between are in `dtype`.
 
-    quantisation: of these rows, least amax and whether scales are powers of two.
+    quantisation: of these rows, and of x without scales, the least amax and whether scales are
+        powers of two.
     """
     if out_TO.numel() == 0:
         return
     ids_TK = ids_TK.contiguous()
     T, K = ids_TK.shape
     h_RF = out_TO.new_empty(T * K, down[0].shape[1], dtype=dtype)
-    blocks_up = blocks_up or choose_blocks_up_fp8(h_RF.shape[1])
-    launch_fp8(
-        x_TH, x_scale_TK, *up, h_RF, ids_TK, None, K, None, gate, blocks_up, direct=True
-    )  # fmt: skip
+    if x_scale_TL is None:
+        assert not isinstance(blocks_up, Blocks)
+        launch_gate_up(x_TH, ids_TK, *up, h_RF, gate, quantisation, blocks_up)
+    else:
+        assert not isinstance(blocks_up, GateUpBlocks)
+        blocks_up = blocks_up or choose_blocks_up_fp8(h_RF.shape[1])
+        launch_fp8(
+            x_TH, x_scale_TL, *up, h_RF, ids_TK, None, K, None, gate, blocks_up, direct=True
+        )  # fmt: skip
     _launch_down(h_RF, ids_TK, weights_TK, *down, None, out_TO, blocks_down, quantisation)
 
 

@@ -44,10 +44,16 @@ def choose_blocks(M: int, K: int, N: int) -> Blocks:
     n = 1 << max(0, (N // (2 * SMS)).bit_length() - 1)  # the widest for two programs an SM
     if M > MOST_ROWS_OF_SUMS:
         return Blocks(max(8, min(n, 32)), 128, True, True, 4, 6)
-    warps = 4 if K < 4096 else 8
-    while warps > 1 and 512 * warps >= 2 * K:
-        warps //= 2
-    return Blocks(max(2, min(n, 8)), 512 * warps, False, False, warps, 3)
+    warps = _warps(K)
+    stages = min(4, 1 + triton.cdiv(K, 512 * warps))
+    return Blocks(max(2, min(n, 8)), 512 * warps, False, False, warps, stages)
+
+
+def _warps(K: int) -> int:
+    """Side by side along K: as many as divide it, else rather padding than few loads at a time."""
+    fitting = [w for w in (8, 4, 2) if 512 * w <= K and (w < 8 or K >= 4096)]
+    even = [w for w in fitting if K % (512 * w) == 0]
+    return (even or fitting or [1])[0]
 
 
 @triton.jit

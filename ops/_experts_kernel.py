@@ -20,6 +20,7 @@ from moe_compile.ops._grouped_mm_kernel import Blocks, Gate
 from moe_compile.ops._grouped_mm_kernel import launch as launch_grouped_mm
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._quant_kernel import quantized, to_e4m3
+from moe_compile.ops._skinny_mm_fp8_kernel import is_division_needed
 
 
 class FewBlocks(NamedTuple):
@@ -81,6 +82,7 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     amax_floor,
     FP8: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
+    DIVIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -126,7 +128,11 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
             has_group = owned[:, None] & (start + groups * 128 < F)[None, :]
             ws = tl.load(ws_ptrs, mask=has_group, other=0.0)
             ws_ptrs += (BLOCK_F // 128) * stride_wsk
-            h = requantized(h, ws, w_ptr.dtype.element_ty, amax_floor, POWER_OF_TWO, INTERPRETED)
+            h = requantized(
+                h, ws, w_ptr.dtype.element_ty, amax_floor, POWER_OF_TWO, DIVIDE, INTERPRETED
+            )  # fmt: skip
+            if DIVIDE:  # nothing over a least amax of 0 is NaN
+                h = tl.where(h_mask & (f < F - start)[None, :, None], h, 0.0)
         product = tl.reshape(h * w.to(tl.float32), [BLOCK_K, BLOCK_F // FOLD, FOLD, BLOCK_O])
         sums += tl.sum(product, 2)
         h_ptrs += BLOCK_F
@@ -141,15 +147,17 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def requantized(  # type: ignore[no-untyped-def]
-    h, ws, dtype, amax_floor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr
+    h,
+    ws,
+    dtype,
+    amax_floor,
+    POWER_OF_TWO: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """h [K, F, 1] as float8 keeps its groups of 128, times the scales ws [K, F // 128]."""
     groups = tl.reshape(h, [h.shape[0], h.shape[1] // 128, 128])
-    q, scale = quantized(
-        groups, amax_floor, 0.0, POWER_OF_TWO, False, False, INTERPRETED, INTERPRETED
-    )
-    if INTERPRETED:
-        q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
+    q, scale = quantized(groups, amax_floor, 0.0, POWER_OF_TWO, False, False, DIVIDE, INTERPRETED)
     q = to_e4m3(q, dtype, INTERPRETED).to(tl.float32)
     return tl.reshape(q * (scale * ws)[:, :, None], h.shape)
 
@@ -245,6 +253,7 @@ def _launch_down(
         quantisation[0],
         FP8=w_scale is not None,
         POWER_OF_TWO=quantisation[1],
+        DIVIDE=not h_RF.is_cuda or is_division_needed(quantisation[0]),
         INTERPRETED=not h_RF.is_cuda,
         HAS_BIAS=bias_EO is not None,
         EVEN=F % blocks.f == 0,

@@ -103,6 +103,18 @@ def test_no_experts_and_any_blocks(dtype, device):
     assert_close_layer(experts_fp8_triton(*args, dtype=dtype), *args, dtype=dtype)
 
 
+@pytest.mark.gpu  # the interpreter's NaN in float8 is a number
+def test_no_experts_and_short_blocks_over_a_least_amax_of_zero(device):
+    args = inputs((2, 2, 16, 200, 128, 24), device)
+    args[2][0, 1] = -1
+    x = torch.randn(2, 200, device=device).bfloat16()
+    for given in (args[:2], (x, None)):
+        out = torch.empty(2, 24, device=device, dtype=x.dtype)
+        how = out.dtype, Gate(), (0.0, False), None, FewBlocks(512, 8, 2, 2)
+        launch_few_fp8(*given, *args[2:4], args[4:6], args[6:], out, *how)
+        assert_close_layer(out, *given, *args[2:], amax_floor=0.0)
+
+
 def test_is_its_stages(device):
     args = inputs(SHAPES["one token"], device)
     x, x_scale, ids, weights, w_up, up_scale, w_down, down_scale = args

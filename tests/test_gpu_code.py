@@ -141,7 +141,8 @@ def down_combine(k, f, o, stages, **constants):
     """The constants of `down_combine_kernel`."""
     shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
     flags = {"HAS_BIAS": True, "EVEN": True, "FP8": False, "POWER_OF_TWO": False}
-    return {**shape, **flags, "INTERPRETED": False, "FOLD": 8, **constants}
+    flags |= {"DIVIDE": False, "INTERPRETED": False, "FOLD": 8}
+    return {**shape, **flags, **constants}
 
 
 def exchange(ranks, **constants):

@@ -29,10 +29,10 @@ CASES = {  # M, K, columns of each, which have a bias
 }
 EVERY_BLOCK = [
     Blocks(n, k, dot, ahead, 1, 2)
-    for n, k, dot in [(32, 128, True), (64, 512, False), (16, 128, False)]
+    for n, k, dot in [(32, 128, True), (64, 512, False), (32, 128, False)]
     for ahead in (False, True)
 ]
-HOW = [{}, {"power_of_two": True, "amax_floor": 2.0}, {"amax_floor": 0.0}]
+HOW = [{"power_of_two": True, "amax_floor": 2.0}, {"amax_floor": 0.0}]
 
 
 def inputs(M, K, columns, has_bias, device, x_dtype=torch.bfloat16, dtype=torch.bfloat16):
@@ -63,7 +63,7 @@ def test_matches_reference(fn, case, dtype, device):
 @pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize("blocks", EVERY_BLOCK, ids=str)
 def test_any_blocks(blocks, how, device):
-    args = inputs(3, 456, (130, 7), (1,), device, torch.float32, torch.float16)
+    args = inputs(2, 328, (130, 7), (1,), device, torch.float32, torch.float16)
     got = skinny_mms_fp8_triton(*args, **how, dtype=torch.float16, blocks=blocks)
     assert_all_close(got, *args, dtype=torch.float16, **how)
 

@@ -125,25 +125,28 @@ def _rows_of_sums(  # type: ignore[no-untyped-def]
     for _ in tl.static_range(ROWS):
         sums = _append(sums, tl.zeros([BLOCK_K // FOLD, BLOCK_N], tl.float32))
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if EVEN_K:
-            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
-            ws = tl.load(ws_ptr + groups)
-        else:
-            w = tl.load(w_ptrs, mask=w_mask & (k < K - start), other=0.0)
-            ws = tl.load(ws_ptr + groups, mask=groups * GROUP < K - start, other=0.0)
-        added = ()
+        # Triton lays products out as what is loaded last: w, of which a thread reads 16 at once.
+        xs = ()
         for m in tl.static_range(ROWS):
             if EVEN_K:
-                x = tl.load(x_ptrs + m * stride_xm)
+                xs = _append(xs, tl.load(x_ptrs + m * stride_xm))
             else:
-                x = tl.load(x_ptrs + m * stride_xm, mask=k < K - start, other=0.0)
+                xs = _append(xs, tl.load(x_ptrs + m * stride_xm, mask=k < K - start, other=0.0))
+        if EVEN_K:
+            ws = tl.load(ws_ptr + groups)
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        else:
+            ws = tl.load(ws_ptr + groups, mask=groups * GROUP < K - start, other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask & (k < K - start), other=0.0)
+        added = ()
+        for m in tl.static_range(ROWS):
             if AHEAD:
-                q = tl.reshape(x, [1, BLOCK_K // GROUP, GROUP])
+                q = tl.reshape(xs[m], [1, BLOCK_K // GROUP, GROUP])
                 at = xs_ptr + m * tl.cdiv(K, GROUP) + start // GROUP + groups
                 scale = tl.load(at, mask=groups * GROUP < K - start, other=0.0)[None, :]
             else:
                 q, scale = quantised_groups(
-                    tl.reshape(x, [1, BLOCK_K]), w_ptrs.dtype.element_ty, amax_floor,
+                    tl.reshape(xs[m], [1, BLOCK_K]), w_ptrs.dtype.element_ty, amax_floor,
                     POWER_OF_TWO, DIVIDE, INTERPRETED,
                 )  # fmt: skip
             scaled = column(q, scale, ws)

@@ -42,9 +42,9 @@ def _layer_fp8(
     down_scale: Tensor,
 ) -> Tensor:
     w_up, w_down = (up, up_scale), (down, down_scale)
-    x_q = moe.quant_fp8(x_TH)
     if are_few(ids_TK.numel(), up, down):
-        return moe.experts_fp8(*x_q, ids_TK, weights_TK, *w_up, *w_down, round_silu=True)
+        return moe.experts_fp8(x_TH, None, ids_TK, weights_TK, *w_up, *w_down, round_silu=True)
+    x_q = moe.quant_fp8(x_TH)
     rows, offsets, position = moe.sort_tokens(ids_TK, up.shape[0])
     routing = (offsets, rows, ids_TK.shape[1])
     if rows.shape[0] >= LEAST_ROWS_FP8:

@@ -17,25 +17,37 @@ from torch import Tensor
 
 from moe_compile.ops import _candidates, _experts_kernel, _overlap, moe
 from moe_compile.ops._experts_kernel import FewBlocks, launch_few, launch_few_fp8
+from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks
 from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_kernel import Gate
+
+# Of a kernel that quantises x, too: 8 to 32 KB of weights at a time.
+GATE_UP = [GateUpBlocks(4, 512 * w, w, s) for w, s in [(1, 4), (2, 2), (2, 3), (4, 2), (4, 3)]]
+GATE_UP += [GateUpBlocks(8, 512 * w, w, s) for w, s in [(1, 3), (1, 5), (2, 2), (2, 3), (4, 2)]]
+GATE_UP += [GateUpBlocks(16, 512, 1, 3), GateUpBlocks(2, 2048, 4, 2), GateUpBlocks(4, 1024, 2, 1)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["qwen3", "mixtral", "deepseek_v3"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float8"])
+    dtypes = ["bfloat16", "float8", "float8 of x quantised ahead"]
+    parser.add_argument("--dtypes", nargs="+", default=dtypes[:2], choices=dtypes)
+    parser.add_argument("--kernels", nargs="+", default=["up", "down"], choices=["up", "down"])
+    parser.add_argument("--experts", type=int, help="those of one GPU of several")
     args = parser.parse_args()
     with torch.inference_mode():
         for model, dtype in itertools.product(args.models, args.dtypes):
             for T in args.tokens:
-                sweep(model, T, dtype == "float8")
+                sweep(model, T, dtype, args.experts, args.kernels)
                 torch.cuda.empty_cache()
 
 
-def sweep(model: str, T: int, fp8: bool) -> None:
+def sweep(model: str, T: int, dtype: str, experts: int | None, kernels: list[str]) -> None:
     layer = LAYERS[model]
+    if experts is not None and experts < layer.E:
+        layer = layer._replace(E=experts, route=("softmax", True))
+    fp8, ahead = dtype != "bfloat16", "ahead" in dtype
     w: Any = weights_fp8(layer, layer.E) if fp8 else weights(layer)
     x = torch.randn(T, layer.H, device="cuda", dtype=torch.bfloat16)
     pairs = []
@@ -45,11 +57,11 @@ def sweep(model: str, T: int, fp8: bool) -> None:
     read, _ = roofs()
     per_expert = sum((v[0] if fp8 else v)[0].nbytes for v in w)
     floor = sum(ids.unique().numel() for _, ids in pairs) / len(pairs) * per_expert / read
-    print(f"{model} {'float8' if fp8 else 'bfloat16'} T={T}: floor {floor:.2f} us", flush=True)
+    print(f"{model} {dtype} T={T}: floor {floor:.2f} us", flush=True)
 
-    def time(up: Blocks | None, down: FewBlocks | None) -> float:
+    def time(up: Blocks | GateUpBlocks | None, down: FewBlocks | None) -> float:
         if fp8:
-            q = moe.quant_fp8(x)
+            q = moe.quant_fp8(x) if ahead else (x, None)
             calls = [
                 functools.partial(
                     launch_few_fp8, *q, ids, weight, *w, out, x.dtype, Gate(), (1e-10, False),
@@ -68,13 +80,14 @@ def sweep(model: str, T: int, fp8: bool) -> None:
         for module in MODULES:
             module.overlap = replaced
         print(f"    {replaced.__name__}, blocks as chosen: {time(None, None):.2f} us", flush=True)
-    ups = _candidates.experts_up_fp8 if fp8 else _candidates.experts_up
-    downs = _candidates.experts_down((x.dtype, fp8, layer.K), (T, layer.F, layer.H), None)
-    tried = {"up": [(b, None) for b in ups((), (), None)], "down": [(None, b) for b in downs]}
-    for name, candidates in tried.items():
+    up_of = _candidates.experts_up_fp8 if fp8 else _candidates.experts_up
+    ups: Any = GATE_UP if fp8 and not ahead else up_of((), (), None)
+    kind, sizes = (x.dtype, fp8, layer.K), (T, layer.F, layer.H)
+    downs: Any = _candidates.experts_down(kind, sizes, None)
+    for name in kernels:
         found = []
-        for up, down in candidates:
-            one = up or down
+        for one in ups if name == "up" else downs:
+            up, down = (one, None) if name == "up" else (None, one)
             try:
                 found.append((time(up, down), tuple(one)))
             except Exception as error:
@@ -88,9 +101,9 @@ def without_overlap(x: Tensor, size: int = 0) -> dict[str, bool]:
 
 
 def _modules() -> list[Any]:
-    from moe_compile.ops import _grouped_mm_fp8_kernel, _grouped_mm_kernel
+    from moe_compile.ops import _gate_up_fp8_kernel, _grouped_mm_fp8_kernel, _grouped_mm_kernel
 
-    return [_experts_kernel, _grouped_mm_kernel, _grouped_mm_fp8_kernel]
+    return [_experts_kernel, _grouped_mm_kernel, _grouped_mm_fp8_kernel, _gate_up_fp8_kernel]
 
 
 MODULES = _modules()

@@ -30,6 +30,7 @@ from moe_compile.ops import silu_mul as _silu_mul  # noqa: F401
 from moe_compile.ops import silu_mul_quant as _silu_mul_quant  # noqa: F401
 from moe_compile.ops import skinny_mm as _skinny_mm  # noqa: F401
 from moe_compile.ops import skinny_mms as _skinny_mms  # noqa: F401
+from moe_compile.ops import skinny_mms_fp8 as _skinny_mms_fp8  # noqa: F401
 from moe_compile.ops import sort_tokens as _sort_tokens  # noqa: F401
 
 moe = torch.ops.moe_compile

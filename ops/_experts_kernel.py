@@ -1,9 +1,10 @@
 """The experts of so few tokens that hardly two share one: two kernels, and nothing is sorted.
 
 The first is `grouped_mm_silu_mul`'s, where each (token, slot) pair is a tile of one row and finds
-its expert in the ids themselves. The second is here: the second product and the sum over a token's
-experts in one, so that each program reads its columns of K weights at once. In float8 it quantises
-the rows itself, groups of 128 as it comes to them.
+its expert in the ids themselves; `_gate_up_fp8_kernel.py`'s from rows that are to be quantised. The
+second is here: the second product and the sum over a token's experts in one, so that each program
+reads its columns of K weights at once. In float8 it quantises the rows itself, groups of 128 as it
+comes to them.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks, launch_gate_up
 from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_fp8_kernel import group_of_scales
 from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
@@ -20,6 +22,7 @@ from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops._grouped_mm_kernel import launch as launch_grouped_mm
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._quant_kernel import quantized, to_e4m3
+from moe_compile.ops._skinny_mm_fp8_kernel import is_division_needed
 from moe_compile.ops._tuned_kernels import EXPERTS_DOWN, EXPERTS_UP, EXPERTS_UP_FP8
 
 
@@ -82,6 +85,7 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     amax_floor,
     FP8: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
+    DIVIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -127,7 +131,11 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
             has_group = owned[:, None] & (start + groups * 128 < F)[None, :]
             ws = tl.load(ws_ptrs, mask=has_group, other=0.0)
             ws_ptrs += (BLOCK_F // 128) * stride_wsk
-            h = requantized(h, ws, w_ptr.dtype.element_ty, amax_floor, POWER_OF_TWO, INTERPRETED)
+            h = requantized(
+                h, ws, w_ptr.dtype.element_ty, amax_floor, POWER_OF_TWO, DIVIDE, INTERPRETED
+            )  # fmt: skip
+            if DIVIDE:  # nothing over a least amax of 0 is NaN
+                h = tl.where(h_mask & (f < F - start)[None, :, None], h, 0.0)
         product = tl.reshape(h * w.to(tl.float32), [BLOCK_K, BLOCK_F // FOLD, FOLD, BLOCK_O])
         sums += tl.sum(product, 2)
         h_ptrs += BLOCK_F
@@ -142,15 +150,17 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def requantized(  # type: ignore[no-untyped-def]
-    h, ws, dtype, amax_floor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr
+    h,
+    ws,
+    dtype,
+    amax_floor,
+    POWER_OF_TWO: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """h [K, F, 1] as float8 keeps its groups of 128, times the scales ws [K, F // 128]."""
     groups = tl.reshape(h, [h.shape[0], h.shape[1] // 128, 128])
-    q, scale = quantized(
-        groups, amax_floor, 0.0, POWER_OF_TWO, False, False, INTERPRETED, INTERPRETED
-    )
-    if INTERPRETED:
-        q = tl.where(q > 448.0, 448.0, tl.where(q < -448.0, -448.0, q))
+    q, scale = quantized(groups, amax_floor, 0.0, POWER_OF_TWO, False, False, DIVIDE, INTERPRETED)
     q = to_e4m3(q, dtype, INTERPRETED).to(tl.float32)
     return tl.reshape(q * (scale * ws)[:, :, None], h.shape)
 
@@ -188,7 +198,7 @@ def launch_few(
 
 def launch_few_fp8(
     x_TH: Tensor,
-    x_scale_TK: Tensor,
+    x_scale_TL: Tensor | None,
     ids_TK: Tensor,
     weights_TK: Tensor,
     up: tuple[Tensor, Tensor],
@@ -197,28 +207,34 @@ def launch_few_fp8(
     dtype: torch.dtype,
     gate: Gate,
     quantisation: tuple[float, bool],
-    blocks_up: Blocks | None = None,
+    blocks_up: Blocks | GateUpBlocks | None = None,
     blocks_down: FewBlocks | None = None,
 ) -> None:
     """Fill out from float8 rows and weights with their scales; rows between are in `dtype`.
 
-    quantisation: of these rows, least amax and whether scales are powers of two.
+    quantisation: of these rows, and of x without scales, the least amax and whether scales are
+        powers of two.
     """
     if out_TO.numel() == 0:
         return
     ids_TK = ids_TK.contiguous()
     T, K = ids_TK.shape
     h_RF = out_TO.new_empty(T * K, down[0].shape[1], dtype=dtype)
-    blocks_up = blocks_up or EXPERTS_UP_FP8.chosen(
-        x_TH.device,
-        (dtype, group_of_scales(x_TH.shape[1], x_scale_TK), K),
-        (T * K, *up[0].shape[1:]),
-        choose_blocks_up_fp8,
-        h_RF.shape[1],
-    )
-    launch_fp8(
-        x_TH, x_scale_TK, *up, h_RF, ids_TK, None, K, None, gate, blocks_up, direct=True
-    )  # fmt: skip
+    if x_scale_TL is None:
+        assert not isinstance(blocks_up, Blocks)
+        launch_gate_up(x_TH, ids_TK, *up, h_RF, gate, quantisation, blocks_up)
+    else:
+        assert not isinstance(blocks_up, GateUpBlocks)
+        blocks_up = blocks_up or EXPERTS_UP_FP8.chosen(
+            x_TH.device,
+            (dtype, group_of_scales(x_TH.shape[1], x_scale_TL), K),
+            (T * K, *up[0].shape[1:]),
+            choose_blocks_up_fp8,
+            h_RF.shape[1],
+        )
+        launch_fp8(
+            x_TH, x_scale_TL, *up, h_RF, ids_TK, None, K, None, gate, blocks_up, direct=True
+        )  # fmt: skip
     launch_down(h_RF, ids_TK, weights_TK, *down, None, out_TO, blocks_down, quantisation)
 
 
@@ -259,6 +275,7 @@ def launch_down(
         quantisation[0],
         FP8=fp8,
         POWER_OF_TWO=quantisation[1],
+        DIVIDE=not h_RF.is_cuda or is_division_needed(quantisation[0]),
         INTERPRETED=not h_RF.is_cuda,
         HAS_BIAS=bias_EO is not None,
         EVEN=F % blocks.f == 0,

@@ -1,15 +1,17 @@
 """All stages of the experts of a layer in float8 in one op, for a few tokens at a time.
 
 As `experts`, from rows quantised by `quant_fp8`: `grouped_mm_fp8`, `silu_mul_quant` with the
-activation rounded to `dtype` before it is quantised, `grouped_mm_fp8`, `combine`.
+activation rounded to `dtype` before it is quantised, `grouped_mm_fp8`, `combine`. Without x_scale
+it quantises x, too, with the same floor of amax and the same choice of powers of two.
 
 Letters: T tokens, K experts per token, E experts, H features in, F expert features, G = 2 * F, O
     features out, L and M groups of 128 of H and F.
 Shapes: x [T, H], x_scale [T, L], ids and weights [T, K], w_up [E, H, 2F], w_up_scale [E, L, 2M],
     w_down [E, F, O], w_down_scale [E, M, ceil(O / 128)] -> [T, O]; gate before up, F a multiple of
     128, weights stored along H and F. Any id outside [0, E) is no expert and adds exactly 0.
-Dtypes: x, w_up and w_down float8_e4m3fn; scales float32; weights float32, float16 or bfloat16; ids
-    int32 or int64; rows between the products and the result in `dtype`.
+Dtypes: x, w_up and w_down float8_e4m3fn, without x_scale x float32, float16 or bfloat16; scales
+    float32; weights float32, float16 or bfloat16; ids int32 or int64; rows between the products and
+    the result in `dtype`.
 Errors: ValueError as those ops, and for other F.
 Source: as `experts` and `grouped_mm_fp8`.
 """
@@ -24,12 +26,14 @@ from moe_compile.ops._experts_kernel import are_few, launch_few_fp8
 from moe_compile.ops._grouped_mm_fp8_kernel import group_of_scales
 from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops._library import define
+from moe_compile.ops._quant_kernel import FP8
 from moe_compile.ops.combine import combine_reference, combine_triton
 from moe_compile.ops.grouped_mm_fp8 import (
     check_fp8,
     grouped_mm_fp8_reference,
     grouped_mm_fp8_triton,
 )
+from moe_compile.ops.quant_fp8 import quant_fp8_reference, quant_fp8_triton
 from moe_compile.ops.silu_mul_quant import silu_mul_quant_reference, silu_mul_quant_triton
 from moe_compile.ops.sort_tokens import sort_tokens_reference, sort_tokens_triton
 
@@ -38,8 +42,15 @@ REFERENCES = (
     grouped_mm_fp8_reference,
     silu_mul_quant_reference,
     combine_reference,
+    quant_fp8_reference,
 )
-KERNELS = (sort_tokens_triton, grouped_mm_fp8_triton, silu_mul_quant_triton, combine_triton)
+KERNELS = (
+    sort_tokens_triton,
+    grouped_mm_fp8_triton,
+    silu_mul_quant_triton,
+    combine_triton,
+    quant_fp8_triton,
+)
 
 
 def experts_fp8_reference(*args: Any, **kwargs: Any) -> Tensor:
@@ -50,7 +61,7 @@ def experts_fp8_reference(*args: Any, **kwargs: Any) -> Tensor:
 def _by_stages(
     stages: Any,
     x_TH: Tensor,
-    x_scale_TL: Tensor,
+    x_scale_TL: Tensor | None,
     ids_TK: Tensor,
     weights_TK: Tensor,
     w_up_EHG: Tensor,
@@ -65,7 +76,9 @@ def _by_stages(
     amax_floor: float = 1e-10,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    sort, mm, activate, add_up = stages
+    sort, mm, activate, add_up, quantise = stages
+    if x_scale_TL is None:
+        x_TH, x_scale_TL = quantise(x_TH, power_of_two=power_of_two, amax_floor=amax_floor)
     rows_R, offsets_E, position_TK = sort(ids_TK, w_up_EHG.shape[0])
     routing = (offsets_E, rows_R, ids_TK.shape[1])
     g_RG = mm(x_TH, x_scale_TL, w_up_EHG, w_up_scale, *routing, None, dtype)
@@ -79,7 +92,7 @@ def _by_stages(
 
 def _fake(
     x_TH: Tensor,
-    x_scale_TL: Tensor,
+    x_scale_TL: Tensor | None,
     ids_TK: Tensor,
     weights_TK: Tensor,
     w_up_EHG: Tensor,
@@ -98,15 +111,21 @@ def _fake(
     check_dims(op, "ids", ids_TK, "[T, K]")
     check_dims(op, "w_up", w_up_EHG, "[E, H, 2F]")
     check_dims(op, "w_down", w_down_EFO, "[E, F, O]")
-    check_fp8(op, x_TH, x_scale_TL, w_up_EHG, w_up_scale, dtype)
+    check_dims(op, "x", x_TH, "[T, H]")
     (E, F, out), (T, H) = w_down_EFO.shape, x_TH.shape
-    check(group_of_scales(H, x_scale_TL) == 128, op, "x_scale of groups of 128", x_scale_TL.shape)
+    q, scale = x_TH, x_scale_TL
+    if scale is None:  # what is not quantised yet is checked by what it will be
+        check_float(op, "x", x_TH)
+        q = x_TH.new_empty(0, H, dtype=FP8)
+        scale = x_TH.new_empty(0, (H + 127) // 128, dtype=torch.float32)
+    check_fp8(op, q, scale, w_up_EHG, w_up_scale, dtype)
+    check(group_of_scales(H, scale) == 128, op, "x_scale of groups of 128", scale.shape)
     check(w_up_EHG.shape[0] == E, op, "w_down with w_up's E", w_down_EFO.shape)
     check(w_up_EHG.shape[2] == 2 * F, op, "w_down [E, F, O] with half of w_up's last dim", F)
     check(F % 128 == 0, op, "F a multiple of 128", F)
     # The second product's rows do not exist yet; what they are checked with is of their shape.
-    h = x_TH.new_empty(0, F)
-    h_scale = x_scale_TL.new_empty(0, F // 128)
+    h = x_TH.new_empty(0, F, dtype=FP8)
+    h_scale = scale.new_empty(0, F // 128)
     check_fp8(op, h, h_scale, w_down_EFO, w_down_scale, dtype)
     check(ids_TK.dtype in (torch.int32, torch.int64), op, "ids int32 or int64", ids_TK.dtype)
     check(ids_TK.shape[0] == T, op, "as many ids as tokens", ids_TK.shape)
@@ -122,7 +141,7 @@ def _fake(
 
 def experts_fp8_triton(
     x_TH: Tensor,
-    x_scale_TL: Tensor,
+    x_scale_TL: Tensor | None,
     ids_TK: Tensor,
     weights_TK: Tensor,
     w_up_EHG: Tensor,
@@ -156,7 +175,7 @@ def _cpu(*args: Any, **kwargs: Any) -> Tensor:
 
 
 experts_fp8 = define(
-    "experts_fp8(Tensor x, Tensor x_scale, Tensor ids, Tensor weights, Tensor w_up,"
+    "experts_fp8(Tensor x, Tensor? x_scale, Tensor ids, Tensor weights, Tensor w_up,"
     " Tensor w_up_scale, Tensor w_down, Tensor w_down_scale, float alpha=1.0, float? limit=None,"
     " float up_shift=0.0, bool round_silu=False, bool power_of_two=False, float amax_floor=1e-10,"
     " ScalarType dtype=bfloat16) -> Tensor",

@@ -16,6 +16,7 @@ prims = torch.ops.prims
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 SQUEEZES = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 CASTS = (prims.convert_element_type.default, aten._to_copy.default)
+TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
 COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
 
 
@@ -152,6 +153,21 @@ def call(
 def unpack(graph: fx.Graph, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
     """The outputs of a call that returns several tensors."""
     return tuple(call(graph, operator.getitem, node, i, like=node) for i in range(count))
+
+
+def is_input(node: fx.Node | None) -> bool:
+    """Is `node` an input of the graph, or a transpose of one? Nothing is."""
+    node = strip(node, *TRANSPOSES)
+    return node is None or node.op in ("placeholder", "get_attr")
+
+
+def move_before(place: fx.Node, node: fx.Node | None) -> None:
+    """`node`, for which `is_input` holds, stands before `place`."""
+    if node is None or node < place:
+        return
+    for source in node.all_input_nodes:
+        move_before(place, source)
+    place.prepend(node)
 
 
 _PARAMETER = "moe_compile_parameter"

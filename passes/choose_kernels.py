@@ -8,8 +8,10 @@ from torch import fx
 
 from moe_compile.ops import moe
 from moe_compile.ops._experts_kernel import are_few
+from moe_compile.ops.quant_fp8 import AMAX_FLOOR
 from moe_compile.passes._graph import arg, args, call, is_call, val
-from moe_compile.passes._outcome import Outcome, exactness
+from moe_compile.passes._outcome import Declined, Outcome, exactness
+from moe_compile.passes._quantised import quantised
 
 # On a CPU an op costs 10 us of Python, and 30 to 60 once the weights of a layer have swept the
 # caches (2 cores of Zen 4, torch 2.13); the experts of one token take 1,300. With this many tokens
@@ -47,7 +49,8 @@ def choose_kernels(graph: fx.Graph) -> Outcome:
         return [experts]
 
     On a GPU that is where hardly two tokens share an expert, and where the number of tokens is not
-    known before the op is called: it then chooses.
+    known before the op is called: it then chooses. In float8 it also quantises x, where `quant_fp8`
+    would do that as silu_mul_quant does.
     Left alone: more tokens than that, or MOST_TOKENS on a CPU, and there a number that is not
     known; stages whose results are read by others too; other activations than silu_mul.
     Numerics: the stages' own, but for the activation, which is rounded once, and for the second
@@ -166,11 +169,24 @@ def _stages_fp8(combine: Any) -> Stages:
     dtypes.add(arg(combine, 3, "dtype") or val(down).dtype)
     if len(dtypes) != 1 or val(down.args[2]).shape[1] % 128:
         return "stages in several dtypes, or features that blocks of 128 do not divide"
-    arguments = [*args(up)[:2], ids, weights, *args(up)[2:4], *args(down)[2:4]]
+    rows = _unquantised(up, known)
+    arguments = [*rows, ids, weights, *args(up)[2:4], *args(down)[2:4]]
     dtype = dtypes.pop()
     if dtype != torch.bfloat16:
         known["dtype"] = dtype
     return moe.experts_fp8.default, arguments, _unusual(known)
+
+
+def _unquantised(up: Any, known: dict[str, Any]) -> tuple[Any, Any]:
+    """x and no scales where the op would quantise it as it was, else what it was quantised to."""
+    q, scale = args(up)[:2]
+    how = {"power_of_two": False, "amax_floor": AMAX_FLOOR}
+    how |= {name: known[name] for name in how if known[name] is not None}
+    try:
+        x, *mine = quantised(q, scale)
+    except Declined:
+        return q, scale
+    return (x, None) if mine == list(how.values()) else (q, scale)
 
 
 _KNOWN_FP8 = ("alpha", "limit", "up_shift", "round_silu", "power_of_two", "amax_floor")

@@ -8,7 +8,18 @@ from torch import fx
 
 from moe_compile.ops import moe
 from moe_compile.ops._skinny_mm_kernel import MOST_ROWS_OF_SUMS, MOST_WEIGHTS
-from moe_compile.passes._graph import RESHAPES, args, aten, call, strip, unpack, val
+from moe_compile.passes._graph import (
+    RESHAPES,
+    args,
+    aten,
+    call,
+    is_input,
+    move_before,
+    strip,
+    unpack,
+    val,
+)
+from moe_compile.passes._linear_fp8 import multiply_unquantised
 from moe_compile.passes._outcome import Outcome, exactness
 
 # Measured on 2 cores of Zen 4 with torch 2.13, weights not in cache, [N, K] as nn.Linear has them.
@@ -26,7 +37,6 @@ _FLOATS = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),
 }
-_TRANSPOSES = (aten.permute.default, aten.t.default)
 
 
 @exactness("reassociating")
@@ -48,11 +58,14 @@ def choose_linear(graph: fx.Graph) -> Outcome:
         return [skinny_mm]
 
     On a GPU up to MOST_WEIGHTS weights that multiply the same x, and lie in memory in the same
-    order, become one `skinny_mms` where the first of them was.
+    order, become one `skinny_mms` where the first of them was. There, too, `quant_fp8` and each
+    `linear_fp8` of what it made, or of what was made just so, become `skinny_mms_fp8`, which
+    quantises x itself.
     Left alone: a number of rows that is not known, or above MOST_ROWS; weights of less than
     LEAST_WEIGHT elements, computed in the graph, or not contiguous along K or N. On a GPU also
     float32, weights of more than MOST_COLUMNS_CUDA, those whose columns (or rows) begin on no
-    multiple of 16 bytes, and more than MOST_ROWS_OF_SUMS rows of one weight of many columns.
+    multiple of 16 bytes, and more than MOST_ROWS_OF_SUMS rows of one weight of many columns. In
+    float8 also rows that `quant_fp8` did not make, or in other groups or with other roundings.
     Numerics: summed in float32 and rounded once, in another order.
     """
     outcome = Outcome()
@@ -68,6 +81,7 @@ def choose_linear(graph: fx.Graph) -> Outcome:
             together = nodes[start : start + MOST_WEIGHTS]
             if len(together) > 1 or not _is_cublas_faster(together[0]):
                 _rewrite(graph, together, outcome)
+    multiply_unquantised(graph, outcome)
     return outcome
 
 
@@ -82,8 +96,7 @@ def _gains(node: fx.Node, x: Any, w: Any, bias: Any = None) -> bool:
         return False
     if device == "cuda" and not (M <= MOST_ROWS_CUDA and N <= MOST_COLUMNS_CUDA and _aligned(w)):
         return False
-    is_parameter = _is_input(strip(w, *_TRANSPOSES))
-    return 0 < M <= MOST_ROWS and K * N >= LEAST_WEIGHT and is_parameter and 1 in val(w).stride()
+    return 0 < M <= MOST_ROWS and K * N >= LEAST_WEIGHT and is_input(w) and 1 in val(w).stride()
 
 
 def _is_cublas_faster(node: fx.Node) -> bool:
@@ -94,10 +107,6 @@ def _is_cublas_faster(node: fx.Node) -> bool:
     return val(x).device.type == "cuda" and many
 
 
-def _is_input(node: Any) -> bool:
-    return node is None or node.op in ("placeholder", "get_attr")
-
-
 def _aligned(w: fx.Node) -> bool:
     """Can whole columns (or rows) be read by 16 bytes?"""
     value = val(w)
@@ -106,7 +115,7 @@ def _aligned(w: fx.Node) -> bool:
 
 def _group(node: fx.Node, x: Any, w: Any, bias: Any = None) -> Any:
     """What products that go together have in common: x, and along which dim w is contiguous."""
-    if val(x).device.type != "cuda" or not _is_input(bias):
+    if val(x).device.type != "cuda" or not is_input(bias):
         return node
     return strip(x, *RESHAPES), val(x).shape, val(x).dtype, val(w).stride(0) == 1
 
@@ -126,18 +135,9 @@ def _rewrite(graph: fx.Graph, nodes: list[fx.Node], outcome: Outcome) -> None:
             outcome.rewrote(first, f"skinny_mm: {M} rows times a weight of {K} x {N}")
             return
         for node in (*ws, *biases):
-            _move_before(first, node)
+            move_before(first, node)
         product = call(graph, moe.skinny_mms.default, x, ws, biases, like=first)
         for node, new in zip(nodes, unpack(graph, product, len(nodes)), strict=True):
             node.replace_all_uses_with(new)
     columns = ", ".join(str(val(w).shape[1]) for w in ws)
     outcome.rewrote(first, f"skinny_mms: {M} rows times weights of {K} x {columns}")
-
-
-def _move_before(place: fx.Node, node: fx.Node | None) -> None:
-    """`node`, an input or a transpose of one, stands before `place`."""
-    if node is None or node < place:
-        return
-    for source in node.all_input_nodes:
-        _move_before(place, source)
-    place.prepend(node)

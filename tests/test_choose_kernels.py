@@ -222,3 +222,50 @@ def test_what_float8_in_one_op_does_not_know(how):
 def test_tokens_that_share_experts_in_float8():
     (outcome,) = run_passes(fp8_on_gpu(2, 15), choose_kernels)
     assert (outcome.rewrites, outcome.declined) == ([], [])
+
+
+def unquantised_on_gpu(quantise):
+    """Two tokens as they come to transformers' FP8Experts, and how x is quantised."""
+    *_, w1, w1_scale, _ = gemm_inputs([0] * 16, 0, 256, 256, "cpu")
+    *_, w2, w2_scale, _ = gemm_inputs([0] * 16, 0, 128, 256, "cpu")
+
+    def fn(x, ids, weights, w1, w1_scale, w2, w2_scale):
+        rows, offsets, position = moe.sort_tokens(ids, 16)
+        h = moe.grouped_mm_fp8(*quantise(x), w1, w1_scale, offsets, rows, 2)
+        q, scale = moe.silu_mul_quant(h, round_product=True, offsets=offsets)
+        return moe.combine(moe.grouped_mm_fp8(q, scale, w2, w2_scale, offsets), position, weights)
+
+    ids, weights = torch.zeros(2, 2, dtype=torch.long), torch.rand(2, 2)
+    x = torch.randn(2, 256).bfloat16()
+    return graph_on_gpu(fn, x, ids, weights, w1, w1_scale, w2, w2_scale)
+
+
+def test_float8_in_one_op_quantises_x():
+    gm = unquantised_on_gpu(moe.quant_fp8)
+    (outcome,) = run_passes(gm, choose_kernels)
+    assert [e.detail for e in outcome.rewrites] == ["experts_fp8: 2 tokens in one op"]
+    call = "experts_fp8(arg0_1, None, arg1_1, arg2_1, arg3_1, arg4_1, arg5_1, arg6_1)"
+    assert render(gm.graph).splitlines()[-2:] == [
+        f"experts_fp8: bf16[2, 256] = moe_compile.{call}",
+        "return [experts_fp8]",
+    ]
+    assert "quant_fp8 =" not in render(gm.graph)
+    assert run_passes(gm, choose_kernels)[0].rewrites == []
+
+
+QUANTISED_OTHERWISE = {
+    "powers of two": lambda x: moe.quant_fp8(x, power_of_two=True),
+    "another floor": lambda x: moe.quant_fp8(x, amax_floor=1e-12),
+    "another rounding": lambda x: moe.quant_fp8(x, quant_by_reciprocal=True),
+    "of two": lambda x: (moe.quant_fp8(x)[0], moe.quant_fp8(x + 1)[1]),
+}
+
+
+@pytest.mark.parametrize("case", QUANTISED_OTHERWISE)
+def test_what_is_quantised_otherwise_stays_so(case):
+    gm = unquantised_on_gpu(QUANTISED_OTHERWISE[case])
+    (outcome,) = run_passes(gm, choose_kernels)
+    assert [e.detail for e in outcome.rewrites] == ["experts_fp8: 2 tokens in one op"]
+    last = render(gm.graph).splitlines()[-2]
+    assert "quant_fp8 =" in render(gm.graph)
+    assert "None" not in last

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from float8 import gemm_inputs
+from float8 import gemm_inputs, scales
 
 from moe_compile.ops import moe
 from moe_compile.ops._experts_kernel import FewBlocks, are_few, launch_few_fp8
+from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks
 from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops.experts_fp8 import experts_fp8, experts_fp8_reference, experts_fp8_triton
@@ -53,6 +54,42 @@ def test_matches_reference(fn, shape, attributes, device):
     assert_close_layer(fn(*args, **ATTRIBUTES[attributes]), *args, **ATTRIBUTES[attributes])
 
 
+def unquantised(shape, device, how):
+    """Spread values, which another floor or group would change, and what they are quantised to."""
+    T, _, _, H, *_ = shape
+    x = (torch.randn(T, H, device=device) * scales(device, T, H) / 8).bfloat16()
+    return x, moe.quant_fp8(x, **{k: how[k] for k in ("power_of_two", "amax_floor") if k in how})
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 200, 128, 16), (3, 1, 2, 128, 128, 16)], ids=str)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_quantises_x(fn, shape, device):
+    _, _, *rest = inputs(shape, device)
+    x, q = unquantised(shape, device, {})
+    assert_close_layer(fn(x, None, *rest), *q, *rest)
+
+
+@pytest.mark.parametrize("attributes", ATTRIBUTES)
+def test_quantises_x_with_any_blocks(attributes, device):
+    """H of 200 has a short group; one id is of no expert."""
+    T, H, out = 2, 200, 24
+    how = ATTRIBUTES[attributes]
+    shape = T, 2, 16, H, 128, out
+    _, _, ids, weights, *w = inputs(shape, device)
+    ids[0, 1] = -1
+    x, q = unquantised(shape, device, how)
+    x = torch.stack((x, x), -1)[..., 0]
+    gate = Gate(False, how.get("alpha", 1.0), how.get("limit"), how.get("up_shift", 0.0))
+    gate = gate._replace(round_silu=how.get("round_silu", False))
+    quantisation = how.get("amax_floor", 1e-10), how.get("power_of_two", False)
+    up, down = GateUpBlocks(32, 512, 1, 2), FewBlocks(128, 8, 2, 2)
+    got = torch.empty(T, out, device=device, dtype=torch.float16)
+    launch_few_fp8(
+        x, None, ids, weights, w[:2], w[2:], got, got.dtype, gate, quantisation, up, down
+    )  # fmt: skip
+    assert_close_layer(got, *q, ids, weights, *w, **how, dtype=got.dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_experts_and_any_blocks(dtype, device):
     args = inputs(SHAPES["few"], device)
@@ -65,6 +102,18 @@ def test_no_experts_and_any_blocks(dtype, device):
     )  # fmt: skip
     assert_close_layer(out, *args, dtype=dtype)
     assert_close_layer(experts_fp8_triton(*args, dtype=dtype), *args, dtype=dtype)
+
+
+@pytest.mark.gpu  # the interpreter's NaN in float8 is a number
+def test_no_experts_and_short_blocks_over_a_least_amax_of_zero(device):
+    args = inputs((2, 2, 16, 200, 128, 24), device)
+    args[2][0, 1] = -1
+    x = torch.randn(2, 200, device=device).bfloat16()
+    for given in (args[:2], (x, None)):
+        out = torch.empty(2, 24, device=device, dtype=x.dtype)
+        how = out.dtype, Gate(), (0.0, False), None, FewBlocks(512, 8, 2, 2)
+        launch_few_fp8(*given, *args[2:4], args[4:6], args[6:], out, *how)
+        assert_close_layer(out, *given, *args[2:], amax_floor=0.0)
 
 
 def test_is_its_stages(device):
@@ -82,6 +131,8 @@ def test_opcheck(device):
     args = inputs(SHAPES["one token"], device)
     tests = ("test_faketensor", "test_aot_dispatch_dynamic")  # test_schema multiplies float8
     torch.library.opcheck(experts_fp8, args, test_utils=tests)
+    x = torch.randn(1, 200, device=device)
+    torch.library.opcheck(experts_fp8, (x, None, *args[2:]), test_utils=tests)
 
 
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
@@ -89,6 +140,7 @@ def test_opcheck(device):
     ("i", "change", "message"),
     [
         (0, lambda x: x.float(), r"x in torch\.float8_e4m3fn, got torch\.float32"),
+        (1, lambda scale: None, "x in float32, float16 or bfloat16, got torch.float8_e4m3fn"),
         (2, lambda ids: ids.float(), "ids int32 or int64, got torch.float32"),
         (3, lambda w: w[:, :1], r"weights of ids' shape, got"),
         (6, lambda w: w[:, :64], r"w_down \[E, F, O\] with half of w_up's last dim, got 64"),

@@ -74,6 +74,17 @@ SKINNY = {  # of q, k and v
     **{name: ("*bf16",) * 3 for name in ("w_ptrs", "bias_ptrs", "y_ptrs")},
     **{name: ("i32",) * 3 for name in ("Ns", "bias_Ns", "strides_w")},
 }
+SKINNY_FP8 = {
+    **{**SKINNY, "xs_ptr": "*fp32", "amax_floor": "fp32"},
+    **{"w_ptrs": ("*fp8e4nv",) * 3, "ws_ptrs": ("*fp32",) * 3},
+}
+GATE_UP_FP8 = {
+    **{"x_ptr": "*bf16", "ids_ptr": "*i64", "w_ptr": "*fp8e4nv", "ws_ptr": "*fp32"},
+    **{name: "i32" for name in ("E", "H", "F", "top_k", "stride_xt")},
+    **{f"stride_{name}": "i32" for name in ("we", "wg", "wse", "wsk", "wsg")},
+    **{name: "fp32" for name in ("alpha", "limit", "up_shift", "amax_floor")},
+    "h_ptr": "*bf16",
+}
 
 ATTEND = {
     **{name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")},
@@ -136,7 +147,8 @@ def down_combine(k, f, o, stages, **constants):
     """The constants of `down_combine_kernel`."""
     shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
     flags = {"HAS_BIAS": True, "EVEN": True, "FP8": False, "POWER_OF_TWO": False}
-    return {**shape, **flags, "INTERPRETED": False, "FOLD": 8, **constants}
+    flags |= {"DIVIDE": False, "INTERPRETED": False, "FOLD": 8}
+    return {**shape, **flags, **constants}
 
 
 def exchange(ranks, **constants):
@@ -163,6 +175,20 @@ def skinny(rows, n, k, dot, stages, **constants):
     shape = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k, "DOT": dot, "STAGES": stages, "FOLD": 8}
     flags = {"K_CONTIGUOUS": True, "HAS_BIAS": True, "EVEN_K": True, "UPCAST": False}
     return {**shape, **flags, "COUNT": 3, **constants}
+
+
+def skinny_fp8(rows, n, k, dot, ahead, stages, **constants):
+    """The constants of `skinny_mm_fp8_kernel`."""
+    shape = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k, "STAGES": stages, "FOLD": 16, "COUNT": 3}
+    flags = {"DOT": dot, "AHEAD": ahead, "HAS_BIAS": True, "EVEN_K": True, "INTERPRETED": False}
+    return {**shape, **flags, "POWER_OF_TWO": False, "DIVIDE": False, **constants}
+
+
+def gate_up_fp8(f, k, stages, **constants):
+    """The constants of `gate_up_fp8_kernel`."""
+    shape = {"BLOCK_F": f, "BLOCK_K": k, "STAGES": stages, "FOLD": 16, "EVEN_H": True}
+    flags = {"HAS_LIMIT": False, "ROUND_SILU": True, "POWER_OF_TWO": False, "DIVIDE": False}
+    return {**shape, **flags, "INTERPRETED": False, **constants}
 
 
 KERNELS = {  # module, kernel, types, constants, warps
@@ -283,6 +309,32 @@ KERNELS = {  # module, kernel, types, constants, warps
         skinny(16, 64, 64, True, 4, FOLD=1, K_CONTIGUOUS=False),
         4,
     ),
+    "skinny_mm_fp8 of one row": ("skinny_mm_fp8", SKINNY_FP8, skinny_fp8(1, 8, 2048, 0, 0, 3), 4),
+    "skinny_mm_fp8 of four rows, a short group": (
+        "skinny_mm_fp8",
+        SKINNY_FP8,
+        skinny_fp8(4, 4, 512, False, False, 3, EVEN_K=False, POWER_OF_TWO=True, DIVIDE=True),
+        1,
+    ),
+    "skinny_mm_fp8 of many rows": (
+        "skinny_mm_fp8",
+        SKINNY_FP8,
+        skinny_fp8(16, 32, 128, 1, 0, 6),
+        4,
+    ),
+    "skinny_mm_fp8 of many rows, quantised ahead": (
+        "skinny_mm_fp8",
+        {**SKINNY_FP8, "x_ptr": "*fp8e4nv"},
+        skinny_fp8(16, 8, 128, True, True, 6),
+        4,
+    ),
+    "gate_up_fp8 of Qwen3": ("gate_up_fp8", GATE_UP_FP8, gate_up_fp8(8, 1024, 3), 2),
+    "gate_up_fp8 with a short group": (
+        "gate_up_fp8",
+        GATE_UP_FP8,
+        gate_up_fp8(16, 512, 3, EVEN_H=False, DIVIDE=True, POWER_OF_TWO=True, HAS_LIMIT=True),
+        1,
+    ),
     "attend of Qwen3": ("attend", ATTEND, heads(8, 128, 128, 16, 32, 3, SCAN=False), 4),
     "attend up to a position": (
         "attend",
@@ -358,9 +410,11 @@ MODULES = {
     "attend": "_attend_kernel",
     "all_reduce_add_rms_norm": "_all_reduce_kernel",
     "down_combine": "_experts_kernel",
-    "skinny_mm": "_skinny_mm_kernel",
+    **{"skinny_mm": "_skinny_mm_kernel", "skinny_mm_fp8": "_skinny_mm_fp8_kernel"},
+    "gate_up_fp8": "_gate_up_fp8_kernel",
 }
 NAMED = ("route", "grouped_mm", "quant", "grouped_mm_fp8", "down_combine", "skinny_mm")
+NAMED += ("skinny_mm_fp8", "gate_up_fp8")
 NAMES = {op: f"{op}_kernel" for op in NAMED}
 ALIGNED = [["tt.divisibility", 16]]
 

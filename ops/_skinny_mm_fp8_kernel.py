@@ -1,0 +1,347 @@
+"""The kernel of `skinny_mms_fp8`, and the choice of its blocks.
+
+As `skinny_mm`'s: a program computes a few columns of one weight for all rows, over all of K. It
+quantises x itself, as it comes to it, so that no kernel before it has to; several rows may be
+quantised ahead instead, since every program would quantise all of them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_compile.ops._overlap import overlap, wait_for_previous
+from moe_compile.ops._quant_kernel import FP8, LARGEST, quantized, to_e4m3
+from moe_compile.ops._quant_kernel import launch as launch_quant
+from moe_compile.ops._skinny_mm_kernel import MOST_ROWS, MOST_ROWS_OF_SUMS, SMS
+
+GROUP = tl.constexpr(128)  # of x along K that has a scale; of w, in both dims
+READ_AT_ONCE = 16  # values of w, by one thread
+
+
+class Blocks(NamedTuple):
+    """Columns and depth of one program, and how Triton compiles it.
+
+    dot: on tensor cores, one group deep. ahead: x is quantised by a kernel of its own.
+    """
+
+    n: int
+    k: int
+    dot: bool
+    ahead: bool
+    warps: int
+    stages: int
+
+
+def choose_blocks(M: int, K: int, N: int) -> Blocks:
+    """Blocks for M rows times weights of K by N, which is the sum of the columns of all.
+
+    Not measured yet: as `skinny_mm`'s, with twice as many values of half the bytes. A program of 16
+    rows has more to quantise than its columns of w to multiply, so that is done ahead.
+    """
+    n = 1 << max(0, (N // (2 * SMS)).bit_length() - 1)  # the widest for two programs an SM
+    if M > MOST_ROWS_OF_SUMS:
+        return Blocks(max(8, min(n, 32)), 128, True, True, 4, 6)
+    warps = _warps(K)
+    stages = min(4, 1 + triton.cdiv(K, 512 * warps))
+    return Blocks(max(2, min(n, 8)), 512 * warps, False, False, warps, stages)
+
+
+def _warps(K: int) -> int:
+    """Side by side along K: as many as divide it, else rather padding than few loads at a time."""
+    fitting = [w for w in (8, 4, 2) if 512 * w <= K and (w < 8 or K >= 4096)]
+    even = [w for w in fitting if K % (512 * w) == 0]
+    return (even or fitting or [1])[0]
+
+
+@triton.jit
+def quantised_groups(  # type: ignore[no-untyped-def]
+    x,
+    dtype,
+    amax_floor,
+    POWER_OF_TWO: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """x [M, K] as `quant_fp8` gives it: [M, K // 128, 128] in dtype, and scales [M, K // 128]."""
+    groups = tl.reshape(x.to(tl.float32), [x.shape[0], x.shape[1] // GROUP, GROUP])
+    q, scale = quantized(
+        groups, amax_floor, 0.0, POWER_OF_TWO, False, False, DIVIDE, INTERPRETED
+    )  # fmt: skip
+    return to_e4m3(q, dtype, INTERPRETED), scale
+
+
+@triton.jit
+def column(q, scale, ws):  # type: ignore[no-untyped-def]
+    """One row q [1, G, 128] times its scales [1, G] and those of a weight [G], as [128 * G, 1].
+
+    A product of whole rows and columns is then exact up to its sums: each value of w is multiplied
+    once, and not scaled.
+    """
+    scaled = q.to(tl.float32) * (scale * ws[None, :])[:, :, None]
+    return tl.reshape(scaled, [q.shape[1] * GROUP, 1])
+
+
+@triton.jit
+def folded(x, w, FOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [K, 1] times w [K, N], a sum of each FOLD neighbours along K, which one thread has read."""
+    product = tl.reshape(x * w.to(tl.float32), [w.shape[0] // FOLD, FOLD, w.shape[1]])
+    return tl.sum(product, 1)
+
+
+@triton.jit
+def _append(rows, row):  # type: ignore[no-untyped-def]
+    return rows + (row,)  # noqa: RUF005 (Triton knows no star here)
+
+
+@triton.jit
+def _rows_of_sums(  # type: ignore[no-untyped-def]
+    x_ptrs,
+    xs_ptr,
+    w_ptrs,
+    ws_ptr,
+    w_mask,
+    K,
+    stride_xm,
+    amax_floor,
+    AHEAD: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """[ROWS, K] times [K, BLOCK_N] without tensor cores: a [BLOCK_N] for each row."""
+    k = tl.arange(0, BLOCK_K)[:, None]
+    groups = tl.arange(0, BLOCK_K // GROUP)
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = _append(sums, tl.zeros([BLOCK_K // FOLD, BLOCK_N], tl.float32))
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        # Triton lays products out as what is loaded last: w, of which a thread reads 16 at once.
+        xs = ()
+        for m in tl.static_range(ROWS):
+            if EVEN_K:
+                xs = _append(xs, tl.load(x_ptrs + m * stride_xm))
+            else:
+                xs = _append(xs, tl.load(x_ptrs + m * stride_xm, mask=k < K - start, other=0.0))
+        if EVEN_K:
+            ws = tl.load(ws_ptr + groups)
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        else:
+            ws = tl.load(ws_ptr + groups, mask=groups * GROUP < K - start, other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask & (k < K - start), other=0.0)
+        added = ()
+        for m in tl.static_range(ROWS):
+            if AHEAD:
+                q = tl.reshape(xs[m], [1, BLOCK_K // GROUP, GROUP])
+                at = xs_ptr + m * tl.cdiv(K, GROUP) + start // GROUP + groups
+                scale = tl.load(at, mask=groups * GROUP < K - start, other=0.0)[None, :]
+            else:
+                q, scale = quantised_groups(
+                    tl.reshape(xs[m], [1, BLOCK_K]), w_ptrs.dtype.element_ty, amax_floor,
+                    POWER_OF_TWO, DIVIDE, INTERPRETED,
+                )  # fmt: skip
+            scaled = column(q, scale, ws)
+            if not EVEN_K:  # nothing over a least amax of 0 is NaN
+                scaled = tl.where(k < K - start, scaled, 0.0)
+            added = _append(added, sums[m] + folded(scaled, w, FOLD))
+        sums = added
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        ws_ptr += BLOCK_K // GROUP
+    rows = ()
+    for m in tl.static_range(ROWS):
+        rows = _append(rows, tl.sum(sums[m], 0))
+    return rows
+
+
+@triton.jit
+def _rows_by_dot(  # type: ignore[no-untyped-def]
+    x_ptrs,
+    xs_ptrs,
+    x_mask,
+    w_ptrs,
+    ws_ptr,
+    w_mask,
+    K,
+    amax_floor,
+    AHEAD: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[ROWS, K] times [K, BLOCK_N] on tensor cores, a group at a time, scaled in float32.
+
+    As float16, which holds every e4m3: in float8 tensor cores keep less of a sum.
+    """
+    wide: tl.constexpr = tl.float32 if INTERPRETED else tl.float16
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=x_mask & (k < K - start)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask & (k < K - start)[:, None], other=0.0)
+        if AHEAD:
+            q, scale = x, tl.load(xs_ptrs + start // BLOCK_K, mask=x_mask, other=0.0)
+        else:
+            q, scale = quantised_groups(
+                x, w_ptrs.dtype.element_ty, amax_floor, POWER_OF_TWO, DIVIDE, INTERPRETED
+            )  # fmt: skip
+            q = tl.reshape(q, [ROWS, BLOCK_K])
+        scale *= tl.load(ws_ptr + start // BLOCK_K)
+        acc += tl.dot(q.to(wide), w.to(wide)) * scale
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    xs_ptr,
+    w_ptrs,
+    ws_ptrs,
+    bias_ptrs,
+    y_ptrs,
+    Ns,
+    bias_Ns,
+    strides_w,
+    M,
+    K,
+    stride_xm,
+    amax_floor,
+    COUNT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # The programs of a weight come after those of the weights before it.
+    program = tl.program_id(0)
+    zero = tl.full([], 0, tl.int64)  # makes a tensor of what Triton knows to be 1
+    w_ptr, ws_ptr, bias_ptr, y_ptr = w_ptrs[0], ws_ptrs[0], bias_ptrs[0], y_ptrs[0]
+    N, bias_N, stride_w, first = Ns[0] + zero, bias_Ns[0] + zero, strides_w[0] + zero, zero
+    end = tl.cdiv(N, BLOCK_N)
+    for i in tl.static_range(1, COUNT):
+        if program >= end:
+            w_ptr, ws_ptr, bias_ptr, y_ptr = w_ptrs[i], ws_ptrs[i], bias_ptrs[i], y_ptrs[i]
+            N, bias_N, stride_w, first = Ns[i] + zero, bias_Ns[i] + zero, strides_w[i] + zero, end
+        end += tl.cdiv(Ns[i] + zero, BLOCK_N)
+
+    column = (program - first) * BLOCK_N  # BLOCK_N divides 128: one row of scales
+    cols = column + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    dtype = y_ptr.dtype.element_ty
+    w_ptrs = w_ptr + k[:, None] + cols[None, :] * stride_w
+    w_mask = (cols < N)[None, :]
+    ws_ptr += (column // GROUP) * tl.cdiv(K, GROUP)
+    wait_for_previous(PDL)
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + cols, mask=cols < bias_N, other=0.0).to(tl.float32)
+    if DOT:
+        m = tl.arange(0, ROWS)[:, None]
+        x_ptrs = x_ptr + m.to(tl.int64) * stride_xm + k[None, :]
+        y = _rows_by_dot(
+            x_ptrs, xs_ptr + m * tl.cdiv(K, GROUP), m < M, w_ptrs, ws_ptr, w_mask, K, amax_floor,
+            AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED, EVEN_K, ROWS, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        y_at = y_ptr + m * N + cols[None, :]
+        tl.store(y_at, (y + bias[None, :]).to(dtype), mask=(m < M) & w_mask)
+    else:
+        rows = _rows_of_sums(
+            x_ptr + k[:, None], xs_ptr, w_ptrs, ws_ptr, w_mask, K, stride_xm + zero, amax_floor,
+            AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED, EVEN_K, ROWS, FOLD, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+        for m in tl.static_range(ROWS):
+            tl.store(y_ptr + m * N + cols, (rows[m] + bias).to(dtype), mask=cols < N)
+
+
+def fits(x_MK: Tensor) -> bool:
+    """Does the kernel take x? Not many rows."""
+    M, K = x_MK.shape
+    return 0 < M <= MOST_ROWS and K > 0
+
+
+def is_division_needed(amax_floor: float) -> bool:
+    """Might a scale have no inverse that is a normal number? See `quantized`."""
+    return amax_floor / LARGEST < 1e-30
+
+
+def launch(
+    x_MK: Tensor,
+    ws: Sequence[Tensor],
+    w_scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ys: Sequence[Tensor],
+    power_of_two: bool,
+    amax_floor: float,
+    blocks: Blocks | None = None,
+) -> None:
+    """Fill ys with x times each of the weights [N, K], which are stored along K."""
+    M, K = x_MK.shape
+    Ns = [w.shape[0] for w in ws]
+    if sum(Ns) == 0:
+        return
+    blocks = blocks or choose_blocks(M, K, sum(Ns))
+    x = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+    q = x_scale = x
+    if blocks.ahead:
+        q = x.new_empty(M, K, dtype=FP8)
+        x_scale = x.new_empty(M, triton.cdiv(K, 128), dtype=torch.float32)
+        launch_quant(x, (q, x_scale), 128, power_of_two, amax_floor, 0.0, (False, False))
+    skinny_mm_fp8_kernel[(sum(triton.cdiv(N, blocks.n) for N in Ns),)](
+        q,
+        x_scale,
+        tuple(ws),
+        tuple(scale.contiguous() for scale in w_scales),
+        tuple(y if b is None else b.contiguous() for b, y in zip(biases, ys, strict=True)),
+        tuple(ys),
+        tuple(Ns),
+        tuple(0 if bias is None else N for bias, N in zip(biases, Ns, strict=True)),
+        tuple(w.stride(0) for w in ws),
+        M,
+        K,
+        q.stride(0),
+        amax_floor,
+        COUNT=len(ws),
+        HAS_BIAS=any(bias is not None for bias in biases),
+        AHEAD=blocks.ahead,
+        POWER_OF_TWO=power_of_two,
+        DIVIDE=not x.is_cuda or is_division_needed(amax_floor),
+        INTERPRETED=not x.is_cuda,  # only the interpreter runs on the CPU
+        EVEN_K=K % blocks.k == 0,
+        DOT=blocks.dot,
+        ROWS=MOST_ROWS if blocks.dot else M,
+        FOLD=READ_AT_ONCE,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        STAGES=blocks.stages,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+        **overlap(x, sum(w.nbytes for w in ws)),
+    )

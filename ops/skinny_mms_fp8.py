@@ -1,0 +1,131 @@
+"""Multiply few rows by several float8 weights in one launch, the rows quantised on the way.
+
+    q, q_scale = quant_fp8(x, power_of_two=power_of_two, amax_floor=amax_floor)
+    [linear_fp8(q, q_scale, w, w_scale, bias, dtype) for each w]
+
+The dense layers of a decode step that read the same x, as q, k and v.
+
+Letters: M rows, K features in, N features out, each weight its own.
+Shapes: x [M, K], w 1 to 4 of [N, K], as many w_scale of [ceil(N / 128), ceil(K / 128)] and bias of
+    [N] or None -> as many of [M, N]. M may be 0. Each w is stored along K.
+Dtypes: x float32, float16 or bfloat16; w float8_e4m3fn; scales float32; y and bias in `dtype`:
+    float32, float16 or bfloat16. Summed in float32, rounded once.
+Errors: ValueError as those ops, for no weight or more than 4, and for another number of scales or
+    biases.
+Source: as `quant_fp8` and `grouped_mm_fp8`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_compile.ops._check import (
+    check,
+    check_dims,
+    check_float,
+    check_float_dtype,
+    check_same_device,
+)
+from moe_compile.ops._library import define
+from moe_compile.ops._quant_kernel import FP8
+from moe_compile.ops._skinny_mm_fp8_kernel import Blocks, fits, launch
+from moe_compile.ops._skinny_mm_kernel import MOST_WEIGHTS
+from moe_compile.ops.linear_fp8 import linear_fp8_reference, linear_fp8_triton
+from moe_compile.ops.quant_fp8 import AMAX_FLOOR, quant_fp8_reference, quant_fp8_triton
+
+
+def skinny_mms_fp8_reference(
+    x_MK: Tensor,
+    ws: Sequence[Tensor],
+    w_scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    power_of_two: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
+    """What `skinny_mms_fp8` means, by the references of its parts."""
+    q = quant_fp8_reference(x_MK, power_of_two=power_of_two, amax_floor=amax_floor)
+    weights = zip(ws, w_scales, biases, strict=True)
+    return [linear_fp8_reference(*q, w, w_scale, b, dtype) for w, w_scale, b in weights]
+
+
+def skinny_mms_fp8_triton(
+    x_MK: Tensor,
+    ws: Sequence[Tensor],
+    w_scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    power_of_two: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    dtype: torch.dtype = torch.bfloat16,
+    blocks: Blocks | None = None,
+) -> list[Tensor]:
+    """Launch the kernel once where it takes such an input, else one for each part."""
+    ys = _fake(x_MK, ws, w_scales, biases, power_of_two, amax_floor, dtype)
+    if fits(x_MK):
+        launch(x_MK, ws, w_scales, biases, ys, power_of_two, amax_floor, blocks)
+        return ys
+    q = quant_fp8_triton(x_MK, power_of_two=power_of_two, amax_floor=amax_floor)
+    weights = zip(ws, w_scales, biases, strict=True)
+    return [linear_fp8_triton(*q, w, w_scale, b, dtype) for w, w_scale, b in weights]
+
+
+def _fake(
+    x_MK: Tensor,
+    ws: Sequence[Tensor],
+    w_scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    power_of_two: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
+    op = "skinny_mms_fp8"
+    check_dims(op, "x", x_MK, "[M, K]")
+    check_float(op, "x", x_MK)
+    check_float_dtype(op, dtype)
+    check(amax_floor >= 0, op, "amax_floor of 0 or more", amax_floor)
+    check(1 <= len(ws) <= MOST_WEIGHTS, op, f"1 to {MOST_WEIGHTS} weights", len(ws))
+    check(len(w_scales) == len(ws), op, f"{len(ws)} w_scale, one a weight", len(w_scales))
+    check(len(biases) == len(ws), op, f"{len(ws)} biases or None, one a weight", len(biases))
+    for w, w_scale, bias in zip(ws, w_scales, biases, strict=True):
+        _check_weight(op, x_MK, w, w_scale, bias, dtype)
+    return [x_MK.new_empty(x_MK.shape[0], w.shape[0], dtype=dtype) for w in ws]
+
+
+def _check_weight(
+    op: str, x_MK: Tensor, w_NK: Tensor, w_scale: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> None:
+    check_dims(op, "w", w_NK, "[N, K]")
+    check_same_device(op, x=x_MK, w=w_NK, w_scale=w_scale, bias=bias_N)
+    N, K = w_NK.shape
+    check(x_MK.shape[1] == K, op, f"x [M, {K}] for w {list(w_NK.shape)}", x_MK.shape)
+    check(w_NK.dtype == FP8, op, f"w in {FP8}", w_NK.dtype)
+    check(w_NK.stride(1) == 1 or K <= 1, op, "w stored along K", w_NK.stride())
+    blocks = ((N + 127) // 128, (K + 127) // 128)
+    check(w_scale.shape == blocks, op, f"w_scale {list(blocks)}", w_scale.shape)
+    check(w_scale.dtype == torch.float32, op, "w_scale in float32", w_scale.dtype)
+    if bias_N is not None:
+        check(bias_N.shape == (N,), op, f"bias [{N}]", bias_N.shape)
+        check(bias_N.dtype == dtype, op, f"bias in {dtype}", bias_N.dtype)
+
+
+def _cpu(
+    x_MK: Tensor,
+    ws: Sequence[Tensor],
+    w_scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    power_of_two: bool = False,
+    amax_floor: float = AMAX_FLOOR,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
+    _fake(x_MK, ws, w_scales, biases, power_of_two, amax_floor, dtype)
+    return skinny_mms_fp8_reference(x_MK, ws, w_scales, biases, power_of_two, amax_floor, dtype)
+
+
+skinny_mms_fp8 = define(
+    "skinny_mms_fp8(Tensor x, Tensor[] w, Tensor[] w_scale, Tensor?[] bias,"
+    " bool power_of_two=False, float amax_floor=1e-10, ScalarType dtype=bfloat16) -> Tensor[]",
+    cpu=_cpu,
+    cuda=skinny_mms_fp8_triton,
+    fake=_fake,
+)

@@ -1,5 +1,7 @@
 """The kernel of `route`: one program, mostly one warp, for one token.
 
+`_route_many_kernel.py` has the one of several tokens, for many tokens and few experts.
+
 A value and the expert it belongs to travel as one int64 key: the float's bits in an order that
 compares as an integer (NaN above everything, -0 equal to 0), then the expert's number counted down.
 So one integer maximum gives the best value and, of equal ones, the lowest expert; and whatever the
@@ -13,17 +15,26 @@ from moe_compile.ops._overlap import wait_for_previous
 
 
 @triton.jit
-def _keys(x, ids):  # type: ignore[no-untyped-def]
+def _ordered(x):  # type: ignore[no-untyped-def]
+    """The bits of floats, as integers in the order of what they stand for."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    bits = tl.where(x != x, 0x7FFFFFFF, bits)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
+    return tl.where(x != x, 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _unordered(bits):  # type: ignore[no-untyped-def]
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _keys(x, ids):  # type: ignore[no-untyped-def]
+    return (_ordered(x).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
 
 
 @triton.jit
 def _value(key):  # type: ignore[no-untyped-def]
-    bits = (key >> 32).to(tl.int32)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+    return _unordered((key >> 32).to(tl.int32))
 
 
 @triton.jit

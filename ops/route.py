@@ -40,6 +40,8 @@ from moe_compile.ops._cpu import route_cpu
 from moe_compile.ops._library import define
 from moe_compile.ops._overlap import overlap
 from moe_compile.ops._route_kernel import route_kernel
+from moe_compile.ops._route_many_kernel import choose_rows
+from moe_compile.ops._route_many_kernel import launch as launch_many
 
 SCORES = ("softmax", "sigmoid", "none")
 GROUP_SCORES = ("max", "top2_sum")
@@ -106,8 +108,9 @@ def route_triton(
     eps: float = 0.0,
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel: one program for one token."""
+    """Launch a kernel: one program for one token, or for `rows` where there are no groups."""
     weights_TK, ids_TK = results = _fake(
         logits_TE,
         top_k,
@@ -123,6 +126,10 @@ def route_triton(
     if T == 0:
         return results
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
+    rows = rows or choose_rows(T, E)
+    if num_groups == 1 and rows > 1:
+        launch_many(logits_TE, bias_E, results, rows, score, score_first, renormalize, eps, scale)
+        return results
     per_group = E // num_groups
     BLOCK_P, BLOCK_S = triton.next_power_of_2(num_groups), triton.next_power_of_2(per_group)
     route_kernel[(T,)](

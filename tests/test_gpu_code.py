@@ -22,6 +22,7 @@ ROUTE = {
     **{"stride_t": "i32", "per_group": "i32", "num_groups": "i32", "top_groups": "i32"},
     **{"eps": "fp32", "scale": "fp32"},
 }
+ROUTE_MANY = {"T": "i32", **ROUTE}
 SOFTMAX = {"SCORE": "softmax", "SCORE_FIRST": True, "HAS_BIAS": False, "GROUPED": False}
 SIGMOID = {"SCORE": "sigmoid", "SCORE_FIRST": True, "HAS_BIAS": True, "GROUPED": True}
 TOP8 = {"K": 8, "PER_GROUP": 2, "RENORMALIZE": True, "BLOCK_K": 8}
@@ -104,6 +105,14 @@ STORE = {
     **{"k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16"},
     **{f"stride_{x}{dim}": "i32" for x, dim in product(("v", "kc", "vc"), "bqhgs")},
 }
+
+
+def routed(experts, top_k, tokens, **constants):
+    """The constants of `route_many_kernel`."""
+    block = {"BLOCK_T": tokens, "BLOCK_E": max(4, 1 << (experts - 1).bit_length())}
+    block["BLOCK_K"] = 1 << (top_k - 1).bit_length()
+    flags = {"SCORE": "softmax", "SCORE_FIRST": True, "HAS_BIAS": False, "RENORMALIZE": True}
+    return {"E": experts, "STRIDE_T": experts, "K": top_k, **block, **flags, **constants}
 
 
 def heads(repeats, d, f, rows, positions, stages, **constants):
@@ -198,6 +207,14 @@ KERNELS = {  # module, kernel, types, constants, warps
     "relu2": ("relu2", ACT, {"BLOCK_F": 1024}, 4),
     "route of Qwen3": ("route", ROUTE, {**SOFTMAX, **TOP8, "BLOCK_P": 1, "BLOCK_S": 128}, 1),
     "route of DeepSeek": ("route", ROUTE, {**SIGMOID, **TOP8, "BLOCK_P": 8, "BLOCK_S": 32}, 1),
+    "route_many of Mixtral": ("route_many", ROUTE_MANY, routed(8, 2, 16), 1),
+    "route_many of Qwen3": ("route_many", ROUTE_MANY, routed(128, 8, 4, HAS_BIAS=True), 1),
+    "route_many by two warps": (
+        "route_many",
+        {**ROUTE_MANY, "logits_ptr": "*bf16"},
+        routed(5, 3, 64, SCORE_FIRST=False),
+        2,
+    ),
     "sort_tokens_small": ("sort_tokens", SORT, {"BLOCK": 8, "CHUNK": 512}, 4),
     "count": ("sort_tokens", SORT, {"BLOCK_R": 64, "BLOCK_E": 256}, 4),
     "scan": ("sort_tokens", SORT, {"CHUNK": 1024}, 4),
@@ -406,6 +423,7 @@ KERNELS = {  # module, kernel, types, constants, warps
 }
 MODULES = {
     **{"route": "_route_kernel", "grouped_mm": "_grouped_mm_kernel", "quant": "_quant_kernel"},
+    "route_many": "_route_many_kernel",
     "grouped_mm_fp8": "_grouped_mm_fp8_kernel",
     "attend": "_attend_kernel",
     "all_reduce_add_rms_norm": "_all_reduce_kernel",
@@ -413,7 +431,15 @@ MODULES = {
     **{"skinny_mm": "_skinny_mm_kernel", "skinny_mm_fp8": "_skinny_mm_fp8_kernel"},
     "gate_up_fp8": "_gate_up_fp8_kernel",
 }
-NAMED = ("route", "grouped_mm", "quant", "grouped_mm_fp8", "down_combine", "skinny_mm")
+NAMED = (
+    "route",
+    "route_many",
+    "grouped_mm",
+    "quant",
+    "grouped_mm_fp8",
+    "down_combine",
+    "skinny_mm",
+)
 NAMED += ("skinny_mm_fp8", "gate_up_fp8")
 NAMES = {op: f"{op}_kernel" for op in NAMED}
 ALIGNED = [["tt.divisibility", 16]]

@@ -2,9 +2,11 @@ import pytest
 import torch
 from helpers import FLOATS, assert_close
 
+from moe_compile.ops._route_many_kernel import choose_rows
 from moe_compile.ops.route import route, route_reference, route_triton
 
 FUNCTIONS = [route, route_triton]
+ROWS = [1, 4]  # tokens of one program
 DEEPSEEK = {
     "score": "sigmoid",
     "num_groups": 4,
@@ -72,10 +74,11 @@ def test_strided_input(fn, device):
         assert_close(fn(logits, 4), route_reference, logits, 4)
 
 
-def test_lowest_experts_of_equals(device):
+@pytest.mark.parametrize("rows", ROWS)
+def test_lowest_experts_of_equals(rows, device):
     logits = torch.tensor([[1.0, 3.0, 1.0, 1.0, 3.0, 0.0], [0.0, -0.0, 0.0, -0.0, 0.0, -0.0]])
     for options in {}, {"score": "none"}, {"score_first": False}:
-        _, ids = route_triton(logits.to(device), 4, **options)
+        _, ids = route_triton(logits.to(device), 4, **options, rows=rows)
         assert ids.tolist() == [[1, 4, 0, 2], [0, 1, 2, 3]]
 
 
@@ -83,6 +86,49 @@ def test_lowest_groups_of_equals(device):
     logits = torch.tensor([[0.0, 1.0, 2.0, 0.0, 1.0, 0.0, 2.0, 0.0]], device=device)
     _, ids = route_triton(logits, 2, num_groups=4, top_groups=1)
     assert ids.tolist() == [[2, 3]]
+
+
+UNGROUPED = {name: options for name, options in OPTIONS.items() if "num_groups" not in options}
+
+
+@pytest.mark.parametrize("options", UNGROUPED.values(), ids=UNGROUPED)
+def test_several_tokens_a_program(options, device):
+    for E, top_k, rows, dtype in (24, 4, 2, torch.float32), (8, 2, 64, torch.bfloat16):
+        logits = distinct(5, E, device, dtype)
+        actual = route_triton(logits, top_k, **options, rows=rows)
+        assert_close(actual, route_reference, logits, top_k, **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 5, 5), (3, 60, 6), (5, 128, 22)])
+def test_sizes_of_several_tokens_a_program(shape, device):
+    T, E, top_k = shape
+    wide = distinct(T, E + 3, device)
+    for logits in distinct(T, E, device), wide[:, 3:], wide[:, :E].t().contiguous().t():
+        actual = route_triton(logits, top_k, dtype=torch.float16, rows=4)
+        assert_close(actual, route_reference, logits, top_k, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "none"])
+def test_bias_of_several_tokens_a_program(score, device):
+    logits, bias = torch.randn(6, 20, device=device), torch.randn(20, device=device).half()
+    args = (logits, 3, score, True, bias, 1, 1, "max", True, 1e-9, 2.5)
+    assert_close(route_triton(*args, rows=4), route_reference, *args)
+
+
+def test_many_tokens(device):
+    """Of few experts several share a program, the last of which is not full."""
+    logits = distinct(520, 8, device)
+    assert_close(route_triton(logits, 2), route_reference, logits, 2)
+    bias = torch.zeros(8, device=device)
+    grouped = (logits[:513], 2, "sigmoid", True, bias, 2, 1)
+    for args in (logits[:513], 2), grouped:
+        assert_close(route(*args), route_reference, *args)
+
+
+def test_tokens_of_one_program():
+    assert [choose_rows(T, 8) for T in (1, 512, 513, 8192, 2**20)] == [1, 1, 16, 16, 64]
+    assert [choose_rows(T, 128) for T in (512, 1024, 2048, 8192)] == [1, 2, 4, 4]
+    assert [choose_rows(8192, E) for E in (1, 5, 33, 64, 129, 256)] == [32, 16, 8, 8, 1, 1]
 
 
 NAN, INF = float("nan"), float("inf")
@@ -95,14 +141,18 @@ def test_ids_are_distinct_whatever_the_logits(value, options, device):
     logits[0] = value
     logits[1, ::3] = value
     logits[2, 7] = value
-    _, ids = route_triton(logits, 5, **options)
-    assert ((ids >= 0) & (ids < 24)).all()
-    assert all(len(set(row)) == 5 for row in ids.tolist())
+    expected = route_triton(logits, 5, **options)
+    for weights, ids in expected, route_triton(logits, 5, **options, rows=4):
+        assert ((ids >= 0) & (ids < 24)).all()
+        assert all(len(set(row)) == 5 for row in ids.tolist())
+        assert torch.equal(ids, expected[1])
+        torch.testing.assert_close(weights, expected[0], equal_nan=True)
 
 
-def test_nan_is_the_largest(device):
+@pytest.mark.parametrize("rows", ROWS)
+def test_nan_is_the_largest(rows, device):
     logits = torch.tensor([[1.0, INF, NAN, 2.0, -NAN]], device=device)
-    weights, ids = route_triton(logits, 4, "none")
+    weights, ids = route_triton(logits, 4, "none", rows=rows)
     assert ids.tolist() == [[2, 4, 1, 3]]
     assert weights.isnan().tolist() == [[True, True, False, False]]
 
@@ -111,9 +161,10 @@ def test_nan_is_the_largest(device):
 def test_like_topk_of_ties(device):
     """The set that torch.topk takes on a GPU, where bfloat16 logits tie all the time."""
     logits = torch.randn(8192, 128, device=device).bfloat16()
-    _, ids = route(logits, 8, score_first=False)
     expected = logits.topk(8).indices
-    assert torch.equal(ids.sort().values, expected.sort().values)
+    for rows in None, 1, 8:
+        _, ids = route_triton(logits, 8, score_first=False, rows=rows)
+        assert torch.equal(ids.sort().values, expected.sort().values)
 
 
 def test_opcheck(device):

@@ -32,20 +32,17 @@ def quantize_own(model: Any, keep: tuple[str, ...], example_inputs: Any) -> tupl
         refuse("a model (torch.nn.Module) to quantise", type(model).__name__)
     stacked = _find_stacked(model, keep)
     swapped = _watch(model, stacked, example_inputs) if stacked else {}
-    linears = _find_linears(model, keep, {w.shape[0] for _, _, w in stacked.values()})
+    linears = _find_linears(model, keep)
     if not stacked and not linears:
         refuse(f"layers of {BLOCK} features or more to quantise", type(model).__name__)
-    before = sum(w.nbytes for w in (*(w for *_, w in stacked.values()), *map(_weight, linears)))
-    for path, (module, name, w) in stacked.items():
-        w.requires_grad_(False)
-        how = Float8(path, w.dtype, swapped[path])
-        parametrize.register_parametrization(module, name, how, unsafe=True)
+    before = sum(w.nbytes for *_, w in stacked.values()) + sum(m.weight.nbytes for m in linears)
+    owners: dict[int, Any] = {id(module): module for module, *_ in stacked.values()}
+    for path in list(stacked):
+        _parametrize(path, *stacked.pop(path), swapped[path])  # popped: its memory goes
     for layer in linears:
         _to_float8(layer)
-    made = [p for m in linears for p in (m.weight, m.weight_scale_inv)]
-    lists: Any = [(m.parametrizations, name) for m, name, _ in stacked.values()]
-    made += [p for held, name in lists for p in held[name].parameters()]
-    owners = {id(module) for module, *_ in stacked.values()}
+    made = [p for m in owners.values() for p in m.parametrizations.parameters()]
+    made += [m._parameters[name] for m in linears for name in ("weight", "weight_scale_inv")]
     return len(linears) + len(owners), before, sum(p.nbytes for p in made)
 
 
@@ -53,33 +50,41 @@ def is_named(path: str, keep: tuple[str, ...]) -> bool:
     return any(path == k or path.endswith(f".{k}") for k in keep)
 
 
-def _weight(layer: Any) -> Any:
-    return layer.weight
-
-
 class Float8Linear(nn.Linear):
     """A linear layer with an e4m3 weight; rows are quantised when they come."""
 
     def forward(self, input: Tensor) -> Tensor:
         q, scale = moe.quant_fp8(input.reshape(-1, self.in_features))
-        weight = (self.weight, self.weight_scale_inv)
-        y: Tensor = moe.linear_fp8(q, scale, *weight, self.bias, input.dtype)
+        w, w_scale = self._parameters["weight"], self.weight_scale_inv
+        y: Tensor = moe.linear_fp8(q, scale, w, w_scale, self.bias, input.dtype)
         return y.reshape(*input.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """Without its scales it would be another one."""
+        refuse("a linear layer in float8 to be called", "its weight to be read (quantize's keep)")
 
 
 def _to_float8(layer: Any) -> None:
     """In place: hooks, names and references to the layer stay."""
     q, scale = quantize_weight(layer.weight)
-    layer.weight = nn.Parameter(q, requires_grad=False)
-    layer.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
+    layer.register_parameter("weight", nn.Parameter(q, requires_grad=False))
+    layer.register_parameter("weight_scale_inv", nn.Parameter(scale, requires_grad=False))
     layer.__class__ = Float8Linear
 
 
-def _find_linears(model: nn.Module, keep: tuple[str, ...], experts: set[int]) -> list[Any]:
+def _parametrize(path: str, module: nn.Module, name: str, w: nn.Parameter, swapped: bool) -> None:
+    w.requires_grad_(False)
+    how = Float8(path, w.dtype, swapped)
+    parametrize.register_parametrization(module, name, how, unsafe=True)  # of another dtype
+
+
+def _find_linears(model: nn.Module, keep: tuple[str, ...]) -> list[Any]:
     """The layers to quantise: not a router, with an output for each expert, nor the head.
 
     The head has an output for each row of an embedding. A weight that two modules hold stays, too.
     """
+    experts = {p.shape[0] for p in model.parameters() if p.ndim == 3}
     words = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     found, kept = [], []

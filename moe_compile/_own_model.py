@@ -42,7 +42,7 @@ def quantize_own(model: Any, keep: tuple[str, ...], example_inputs: Any) -> tupl
     for layer in linears:
         _to_float8(layer)
     made = [p for m in owners.values() for p in m.parametrizations.parameters()]
-    made += [m._parameters[name] for m in linears for name in ("weight", "weight_scale_inv")]
+    made += [p for layer in linears for p in (layer.weight_fp8, layer.weight_scale)]
     return len(linears) + len(owners), before, sum(p.nbytes for p in made)
 
 
@@ -55,8 +55,8 @@ class Float8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         q, scale = moe.quant_fp8(input.reshape(-1, self.in_features))
-        w, w_scale = self._parameters["weight"], self.weight_scale_inv
-        y: Tensor = moe.linear_fp8(q, scale, w, w_scale, self.bias, input.dtype)
+        weight = (self.weight_fp8, self.weight_scale)
+        y: Tensor = moe.linear_fp8(q, scale, *weight, self.bias, input.dtype)
         return y.reshape(*input.shape[:-1], self.out_features)
 
     @property
@@ -68,8 +68,9 @@ class Float8Linear(nn.Linear):
 def _to_float8(layer: Any) -> None:
     """In place: hooks, names and references to the layer stay."""
     q, scale = quantize_weight(layer.weight)
-    layer.register_parameter("weight", nn.Parameter(q, requires_grad=False))
-    layer.register_parameter("weight_scale_inv", nn.Parameter(scale, requires_grad=False))
+    del layer.weight
+    layer.weight_fp8 = nn.Parameter(q, requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
     layer.__class__ = Float8Linear
 
 

@@ -65,6 +65,10 @@ class Stacked(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func not in _STEPS:  # in inference mode functions come before they are taken apart
+            out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         step = _STEPS[func](*args, **kwargs) if func in _STEPS else None
         if isinstance(step, View):
             return step.of.viewed(step)

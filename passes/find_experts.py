@@ -114,7 +114,9 @@ def find_experts(graph: fx.Graph) -> Outcome:
     Forms: rows sorted by expert and `_grouped_mm` (transformers' grouped_mm, torchtitan), or
     weights gathered for each row and `bmm` (transformers' batched_mm, gpt-fast), also where that
     became a multiply and a sum; one GEMM for gate and up or two; weights [E, G, H] or [E, H, G];
-    with and without biases; any activation.
+    with and without biases; any activation. In float8 both as `quantize` makes them of a model:
+    `quant_fp8` of rows and `grouped_mm_fp8`. There each token is quantised once, before its rows
+    are gathered, which is bitwise the same: a group lies within a row.
     Left alone: rows read by somebody else (saved for backward, say), functions that mix rows,
     offsets that are not proved to be the counts of the ids. Each is reported; a `_grouped_mm` in
     there becomes `grouped_mm` by itself, with the model's own order and sum (Megatron-Core).

@@ -114,7 +114,8 @@ def _find_stacked(model: nn.Module, keep: tuple[str, ...]) -> Stack:
     found: Stack = {}
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for path, module, name, w in _parameters(model):
-        if w.ndim != 3 or w.dtype not in _FLOATS or is_named(path, keep):
+        is_kept = is_named(path, keep) or is_named(path.rpartition(".")[0], keep)
+        if w.ndim != 3 or w.dtype not in _FLOATS or is_kept:
             continue
         if w.shape[0] < 2 or min(w.shape[1:]) < BLOCK:
             continue

@@ -157,8 +157,8 @@ class Float8Weight(Stacked):
         if (summed == -2) != self.swapped:
             refuse(f"{self.path} summed over the dim that example_inputs showed", "the other")
         if func is aten._grouped_mm.default:
-            x, offsets = args[0], (*args[2:3], kwargs.get("offs"))[0]
-            return self._times(x, offsets, kwargs.get("out_dtype"))
+            named = dict(zip(("x", "w", "offs", "bias", "out_dtype"), args, strict=False)) | kwargs
+            return self._times(named["x"], named["offs"], named.get("out_dtype"))
         a, b = args
         x_BMH = a if summed == -2 else b.transpose(1, 2)
         B, M, H = x_BMH.shape

@@ -208,6 +208,33 @@ def test_linear_layers_alone():
         moe_compile.quantize(model)
 
 
+def test_linear_layers_that_are_kept():
+    """By their shapes and names: nothing of a model's meaning is asked for."""
+
+    class Own(nn.Linear):
+        pass
+
+    layers = {
+        "gate": nn.Linear(128, 128),
+        "router_of_160": nn.Linear(128, 160),
+        "head": nn.Linear(128, 300),
+        "tied": nn.Linear(128, 144),
+        "own": Own(128, 128),
+        "thin": nn.Linear(128, 127),
+        "named": nn.Linear(128, 128),
+        "dense": nn.Linear(128, 128),
+        "embed": nn.Embedding(300, 128),
+        "other": nn.Embedding(144, 128),
+    }
+    layers["tied"].weight = layers["other"].weight
+    model = nn.ModuleDict(layers)
+    model.experts = nn.ModuleDict({"w": nn.Linear(128, 128)})
+    model.experts.bank = nn.Parameter(torch.ones(160, 128, 128))
+    moe_compile.quantize(model, keep=["named", "experts"])
+    made = {name for name, module in model.named_modules() if isinstance(module, Float8Linear)}
+    assert made == {"dense", "experts.w"}
+
+
 class Bank(nn.Module):
     """A parameter that looks like experts, used in a way of its own."""
 

@@ -7,7 +7,7 @@ each token when they are used. Letters: T tokens, K experts per token, H hidden,
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_compile.ops import moe
 
@@ -90,6 +90,23 @@ def batched_matmul(
     ones = torch.ones(x_RH.shape[0], 1, device=x_RH.device)
     out: Tensor = moe.combine(y, position, ones, dtype=x_RH.dtype)
     return out
+
+
+def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [.., G, H] in e4m3, and the scale of each 128 x 128: its largest magnitude / 448.
+
+    One matrix at a time, so that a layer of experts needs no float32 copy of itself.
+    """
+    if w.ndim > 2:
+        parts = [quantize_weight(one) for one in w]
+        return torch.stack([q for q, _ in parts]), torch.stack([s for _, s in parts])
+    G, H = w.shape
+    rows, cols = -(-G // BLOCK), -(-H // BLOCK)
+    padded = nn.functional.pad(w.float(), (0, cols * BLOCK - H, 0, rows * BLOCK - G))
+    blocks = padded.view(rows, BLOCK, cols, BLOCK)
+    scale = blocks.abs().amax((1, 3)).clamp_min(1e-10) / 448
+    q = (blocks / scale[:, None, :, None]).clamp(-448, 448).to(FP8)
+    return q.view(rows * BLOCK, cols * BLOCK)[:G, :H].contiguous(), scale
 
 
 def _weight(w: Tensor, scale: Tensor, block_size: Any) -> tuple[Tensor, Tensor]:

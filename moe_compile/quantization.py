@@ -8,33 +8,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_compile.fp8 import BLOCK, FP8, refuse, use_fp8_kernels
+from moe_compile._own_model import ROUTERS, is_named, quantize_own
+from moe_compile.fp8 import BLOCK, quantize_weight, refuse, use_fp8_kernels
 from moe_compile.huggingface import register_experts
 
 log = logging.getLogger("moe_compile")
 
 
-def quantize(model: Any, kind: str = "fp8", *, keep: Iterable[str] = ()) -> Any:
-    """Quantise a transformers model's weights in place, and return it.
+def quantize(
+    model: Any, kind: str = "fp8", *, keep: Iterable[str] = (), example_inputs: Any = None
+) -> Any:
+    """Quantise a model's weights in place, and return it.
 
-    Linear layers and experts become transformers' `FP8Linear` and `FP8Experts`: e4m3, a scale for
-    each 128 x 128. Kept as they are: routers, norms, embeddings, the head, layers with fewer than
-    128 features in or out, and modules whose path ends with a name in `keep`. To load what
-    `save_pretrained` wrote, build the model, quantise it, and load the state dict (docs/fp8.md).
+    e4m3, a scale for each 128 x 128; activations are quantised where they meet them. Kept as they
+    are: routers, norms, embeddings, the head, layers with fewer than 128 features in or out, and
+    modules and parameters whose path ends with a name in `keep`.
+    A transformers model's linear layers and experts become its `FP8Linear` and `FP8Experts`. In any
+    other model `nn.Linear` layers, and experts held as parameters [E, ., .]: one run of
+    `model(*example_inputs)` (a tensor, a tuple, or a dict of keywords) shows which those are.
+    To load what was saved, build the model, quantise it, and load the state dict (docs/fp8.md).
     Says how many layers and bytes it was in the log (`TORCH_LOGS=moe_compile`).
-    Errors: ValueError for another kind, another model, or experts that have biases.
+    Errors: ValueError for another kind; a model without such layers; experts whose weights are used
+    otherwise than `torch._grouped_mm` and `torch.bmm` do; transformers' experts that have biases.
     """
     if kind != "fp8":
         refuse("quantize's kind 'fp8'", repr(kind))
-    if not hasattr(model, "set_experts_implementation"):
-        refuse("a transformers model to quantise", type(model).__name__)
+    is_own = not hasattr(model, "set_experts_implementation")
+    quantize_layers = quantize_own if is_own else _quantize_transformers
+    layers, before, after = quantize_layers(model, tuple(keep), example_inputs)
+    log.info("quantize: %d layers, %.1f -> %.1f MiB", layers, before / 2**20, after / 2**20)
+    return model
+
+
+def _quantize_transformers(model: Any, keep: tuple[str, ...], _: Any) -> tuple[int, int, int]:
+    """How many layers, their bytes before and after."""
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
     register_experts()
     use_fp8_kernels()
     old = dict(model.named_modules())
-    kept = [name for name, module in old.items() if _is_kept(name, module, model, tuple(keep))]
+    kept = [name for name, module in old.items() if _is_kept(name, module, model, keep)]
     config = FineGrainedFP8Config(modules_to_not_convert=kept, weight_block_size=(BLOCK, BLOCK))
     for name, module in old.items():
         if name.endswith(".experts") and getattr(module, "has_bias", False):
@@ -49,11 +63,10 @@ def quantize(model: Any, kind: str = "fp8", *, keep: Iterable[str] = ()) -> Any:
             layers += 1
             _fill(module, replaced)
     after = sum(_bytes(m) for m in model.modules() if _is_fp8(m))
-    log.info("quantize: %d layers, %.1f -> %.1f MiB", layers, before / 2**20, after / 2**20)
     model.config.quantization_config = config
     # Else save_pretrained parts the weights of experts as checkpoints do, but not their scales.
     model._weight_conversions = []
-    return model
+    return layers, before, after
 
 
 def _bytes(module: nn.Module) -> int:
@@ -71,10 +84,10 @@ def _is_kept(name: str, module: nn.Module, model: Any, keep: tuple[str, ...]) ->
     if not isinstance(module, nn.Linear):
         return False
     last = name.rpartition(".")[2]
-    is_router = last in ("gate", "router", "shared_expert_gate")
+    is_router = last in ROUTERS
     is_small = min(module.in_features, module.out_features) < BLOCK
-    is_named = any(name == k or name.endswith(f".{k}") for k in keep)
-    return is_router or is_small or is_named or module is model.get_output_embeddings()
+    is_head = module is model.get_output_embeddings()
+    return is_router or is_small or is_head or is_named(name, keep)
 
 
 @torch.no_grad()
@@ -98,20 +111,3 @@ def _weights(old: Any) -> Iterator[tuple[str, Tensor]]:
     for name in ("gate_up_proj", "up_proj", "down_proj"):
         if isinstance(weight := getattr(old, name, None), Tensor):
             yield name, weight.transpose(1, 2) if getattr(old, "is_transposed", False) else weight
-
-
-def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [.., G, H] in e4m3, and the scale of each 128 x 128: its largest magnitude / 448.
-
-    One matrix at a time, so that a layer of experts needs no float32 copy of itself.
-    """
-    if w.ndim > 2:
-        parts = [quantize_weight(one) for one in w]
-        return torch.stack([q for q, _ in parts]), torch.stack([s for _, s in parts])
-    G, H = w.shape
-    rows, cols = -(-G // BLOCK), -(-H // BLOCK)
-    padded = nn.functional.pad(w.float(), (0, cols * BLOCK - H, 0, rows * BLOCK - G))
-    blocks = padded.view(rows, BLOCK, cols, BLOCK)
-    scale = blocks.abs().amax((1, 3)).clamp_min(1e-10) / 448
-    q = (blocks / scale[:, None, :, None]).clamp(-448, 448).to(FP8)
-    return q.view(rows * BLOCK, cols * BLOCK)[:G, :H].contiguous(), scale

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_compile.ops import moe
 from moe_compile.passes._axes import (
     Axes,
     Axis,
@@ -21,6 +22,7 @@ from moe_compile.passes._axes import (
     views_of,
 )
 from moe_compile.passes._dispatch import Dispatch
+from moe_compile.passes._gemm_fp8 import Float8, parse_float8
 from moe_compile.passes._graph import (
     CASTS,
     RESHAPES,
@@ -92,6 +94,7 @@ class Gemm:
     weight: fx.Node  # [E, ., .]
     index: fx.Node  # offsets [E] of the sorted frame, or the ids that gathered the weights
     product: Product | None = None  # x * gathered weights; None if grouped
+    float8: Float8 | None = None  # what quantises x, and the scales
 
     @property
     def grouped(self) -> bool:
@@ -100,6 +103,11 @@ class Gemm:
     @property
     def num_experts(self) -> int:
         return int(val(self.weight).shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What x and the weights come in, or were quantised from."""
+        return val(self.weight if self.float8 is None else self.x).dtype
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,10 @@ def find_gemms(graph: fx.Graph) -> dict[fx.Node, Gemm]:
     for node in graph.nodes:
         if is_call(node, *candidates):
             gemm = _parse_grouped(node) if node.target in targets else _parse_batched(node)
-            if gemm is not None:
-                found[node] = gemm
+        else:
+            gemm = _parse_float8(node) if is_call(node, moe.grouped_mm_fp8.default) else None
+        if gemm is not None:
+            found[node] = gemm
     for gemm in list(found.values()):  # a sum that is rounded right away is one call with its cast
         if not gemm.grouped and is_call(gemm.node, *CASTS):
             found.pop(args(gemm.node)[0], None)
@@ -168,6 +178,16 @@ def _parse_batched(node: fx.Node) -> Gemm | None:
         if val(node).dtype == val(weights).dtype:
             return Gemm(node, form.a, table, index, form)
     return None
+
+
+def _parse_float8(node: fx.Node) -> Gemm | None:
+    found = parse_float8(node)
+    if found is None:
+        return None
+    if found.ids is None:
+        return Gemm(node, found.x, found.weight, args(node)[4], None, found)
+    product = Product(found.x, args(node)[2], ((0, 0), (None, 2)), (1, 1))
+    return Gemm(node, found.x, found.weight, found.ids, product, found)
 
 
 def place(
@@ -212,6 +232,8 @@ def place(
 
 def _calls(gemm: Gemm) -> list[fx.Node]:
     """The nodes that the call consists of."""
+    if gemm.float8 is not None:
+        return [gemm.float8.quant, *gemm.float8.rows, gemm.node]
     if gemm.grouped:
         return [gemm.node]
     call = args(gemm.node)[0] if is_call(gemm.node, *CASTS) else gemm.node
@@ -258,7 +280,7 @@ def _place_batched(gemm: Gemm, dispatch: Dispatch, reads_rows: bool) -> Place:
 
     def accept(view: fx.Node) -> bool:
         dims = regroup(axes, val(view).shape)
-        known = dims is not None and val(view).dtype == val(gemm.weight).dtype
+        known = dims is not None and val(view).dtype == gemm.dtype
         if reads_rows:
             return known and dims is not None and dims[-1] == group(features)
         return known and dims == tuple(map(group, axes))

@@ -1,7 +1,6 @@
 """Find the experts of an MoE layer and give each stage its op."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -25,14 +24,13 @@ from moe_compile.passes._graph import (
     has_val,
     is_call,
     prims,
-    same,
     same_shape,
-    strip,
     unpack,
     val,
 )
 from moe_compile.passes._outcome import Declined, Outcome, exactness
 from moe_compile.passes._rows import Region, check_private
+from moe_compile.passes._stages import grouped_mm, replace, shaped
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -116,7 +114,9 @@ def find_experts(graph: fx.Graph) -> Outcome:
     Forms: rows sorted by expert and `_grouped_mm` (transformers' grouped_mm, torchtitan), or
     weights gathered for each row and `bmm` (transformers' batched_mm, gpt-fast), also where that
     became a multiply and a sum; one GEMM for gate and up or two; weights [E, G, H] or [E, H, G];
-    with and without biases; any activation.
+    with and without biases; any activation. In float8 both as `quantize` makes them of a model:
+    `quant_fp8` of rows and `grouped_mm_fp8`. There each token is quantised once, before its rows
+    are gathered, which is bitwise the same: a group lies within a row.
     Left alone: rows read by somebody else (saved for backward, say), functions that mix rows,
     offsets that are not proved to be the counts of the ids. Each is reported; a `_grouped_mm` in
     there becomes `grouped_mm` by itself, with the model's own order and sum (Megatron-Core).
@@ -157,6 +157,7 @@ def find_experts(graph: fx.Graph) -> Outcome:
 
 def _describe(experts: Experts) -> str:
     form = "grouped" if experts.down.gemm.grouped else "batched"
+    form += ", float8" if experts.down.gemm.float8 else ""
     bias = ", bias" if experts.down.bias is not None else ""
     E, K = experts.num_experts, experts.dispatch.top_k
     return f"{form}{bias}: {E} experts, top-{K}, {len(experts.ups)} GEMM up, 1 down"
@@ -221,7 +222,8 @@ def _tokens(up: Placed, dispatch: Dispatch) -> fx.Node:
 
 
 def _check_dtypes(placed: Placed) -> None:
-    operands = (placed.gemm.weight, placed.source, *([placed.bias] if placed.bias else []))
+    gemm, bias = placed.gemm, [placed.bias] if placed.bias else []
+    operands = (gemm.node if gemm.float8 else gemm.weight, placed.source, *bias)
     dtypes = {val(node).dtype for node in operands}
     if len(dtypes) != 1 or not dtypes <= set(_FLOATS):
         raise Declined(f"a GEMM in {', '.join(sorted(map(str, dtypes)))}")
@@ -243,17 +245,17 @@ def _rewrite(graph: fx.Graph, experts: Experts) -> None:
     for mask in experts.masks:
         mask.replace_all_uses_with(args(mask)[2])
     new = {}
-    for up in experts.ups:
-        new[up.result] = _replace(graph, up, experts.x, offsets, rows, dispatch.top_k)
+    for up in sorted(experts.ups, key=lambda up: up.result):
+        new[up.result] = replace(graph, up, experts.x, offsets, rows, dispatch.top_k)
     h = down.source
     while h in experts.masks:
         h = args(h)[2]
-    new[down.result] = _replace(graph, down, new.get(h, h), offsets, None, 1)
+    new[down.result] = replace(graph, down, new.get(h, h), offsets, None, 1)
     y = combine.y
     while y in new or y in experts.masks:
         y = new[y] if y in new else args(y)[2]
     with graph.inserting_before(combine.node):
-        y = _shaped(graph, y, [-1, combine.width], combine.node)
+        y = shaped(graph, y, [-1, combine.width], combine.node)
         out = call(
             graph,
             moe.combine.default,
@@ -263,7 +265,7 @@ def _rewrite(graph: fx.Graph, experts: Experts) -> None:
             like=combine.node,
             dtype=val(combine.node).dtype,
         )
-        out = _shaped(graph, out, list(val(combine.node).shape), combine.node)
+        out = shaped(graph, out, list(val(combine.node).shape), combine.node)
         if combine.base is not None:
             out = call(graph, aten.add.Tensor, combine.base, out, like=combine.node)
     combine.node.replace_all_uses_with(out)
@@ -289,57 +291,6 @@ def _ids(graph: fx.Graph, experts: Experts, like: fx.Node) -> fx.Node:
     return ids
 
 
-def _replace(
-    graph: fx.Graph,
-    placed: Placed,
-    x: fx.Node,
-    offsets: fx.Node,
-    rows: fx.Node | None,
-    top_k: int,
-) -> fx.Node:
-    """Put `grouped_mm` where the result of a GEMM is."""
-    like, weight = placed.gemm.node, placed.gemm.weight
-    with graph.inserting_before(placed.result):
-        x = _shaped(graph, x, [-1, val(x).shape[-1]], like)
-        if placed.transpose:
-            weight = call(graph, aten.permute.default, weight, [0, 2, 1], like=like)
-        new = _grouped_mm(graph, x, weight, offsets, rows, top_k, placed.bias, like)
-        new = _shaped(graph, new, list(val(placed.result).shape), like)
-    placed.result.replace_all_uses_with(new)
-    return new
-
-
-def _grouped_mm(
-    graph: fx.Graph,
-    x: fx.Node,
-    weight: fx.Node,
-    offsets: fx.Node,
-    rows: fx.Node | None,
-    top_k: int,
-    bias: fx.Node | None,
-    like: fx.Node,
-) -> fx.Node:
-    """The call without trailing defaults, so that graphs read well."""
-    inputs: list[object] = [x, weight, offsets, rows, top_k, bias]
-    for default in (None, 1, None):
-        if inputs[-1] is not default:
-            break
-        inputs.pop()
-    return call(graph, moe.grouped_mm.default, *inputs, like=like)
-
-
-def _shaped(graph: fx.Graph, node: fx.Node, shape: list[Any], like: fx.Node) -> fx.Node:
-    """`node` in this shape; -1 stands for what is left."""
-    for view in (node, strip(node, aten.reshape.default)):
-        sizes = val(view).shape
-        if len(sizes) == len(shape) and all(
-            same(b, -1) or same(a, b) for a, b in zip(sizes, shape, strict=True)
-        ):
-            return view
-    known = [size if isinstance(size, int) else -1 for size in shape]  # only T may be symbolic
-    return call(graph, aten.reshape.default, node, known, like=like)
-
-
 def _rewrite_alone(graph: fx.Graph, gemm: Gemm) -> bool:
     """Make one grouped GEMM an op, with the gather of its rows if there is one.
 
@@ -347,7 +298,7 @@ def _rewrite_alone(graph: fx.Graph, gemm: Gemm) -> bool:
     the rows past the last offset, which torch leaves undefined, become zeros.
     """
     node, x, rows, top_k = gemm.node, gemm.x, None, 1
-    dtypes = {val(n).dtype for n in (x, gemm.weight, node)}
+    dtypes = {val(n).dtype for n in (x, gemm.weight, node)}  # one, so not in float8
     if len(dtypes) != 1 or not dtypes <= set(_FLOATS) or val(gemm.index).dtype != torch.int32:
         return False
     with graph.inserting_before(node):
@@ -357,7 +308,7 @@ def _rewrite_alone(graph: fx.Graph, gemm: Gemm) -> bool:
             if is_call(order, aten.div.Tensor_mode):
                 order, top_k = args(order)
             rows = call(graph, prims.convert_element_type.default, order, torch.int32, like=node)
-        new = _grouped_mm(graph, x, gemm.weight, gemm.index, rows, top_k, None, node)
+        new = grouped_mm(graph, x, gemm.weight, gemm.index, rows, top_k, None, node)
     node.replace_all_uses_with(new)
     return True
 

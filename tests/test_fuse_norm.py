@@ -1,13 +1,19 @@
 """Products norm the rows that they read."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from expecttest import assert_expected_inline
 from helpers import graph_on_gpu
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers.masking_utils import sdpa_mask
 
+import moe_compile
 from moe_compile.ops import moe
 from moe_compile.passes._graph import prims
 from moe_compile.passes.fuse_norm import fuse_norm
@@ -258,3 +264,93 @@ def test_unknown_rows():
     (outcome,) = run_passes(gm, fuse_norm)
     assert not outcome.rewrites
     assert [e.detail for e in outcome.declined] == ["a number of rows that is not known"]
+
+
+# Weights are large enough for `choose_linear`, experts many enough for `choose_kernels`.
+QWEN3 = {
+    **{"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 2, "head_dim": 64},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 32},
+    **{"num_experts": 256, "num_experts_per_tok": 4, "norm_topk_prob": True},
+}
+
+
+@torch.library.custom_op("moe_compile_tests::attention", mutates_args=())
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """In place of what torch calls on GPUs alone."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@attention.register_fake
+def _(q, k, v):
+    return torch.empty_like(q)
+
+
+def without_kernel(module, q, k, v, mask, **how):
+    return attention(q, k, v).transpose(1, 2), None
+
+
+def decoder(device="cpu", attention="sdpa"):
+    config = transformers.Qwen3MoeConfig(**QWEN3, attn_implementation=attention)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=BF16).to(device).eval()
+    model.requires_grad_(False).set_experts_implementation("moe_compile")
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.05)
+    cache = transformers.StaticCache(config=config, max_cache_len=8)
+    how = {"batch_size": 1, "num_heads": 4, "head_dim": 64, "dtype": BF16, "device": device}
+    cache.early_initialization(**how)
+    return model, cache
+
+
+def on_gpu(gm):
+    """A graph captured on a CPU, on a GPU."""
+    for node in gm.graph.nodes:
+        if "device" in node.kwargs:
+            node.update_kwarg("device", torch.device("cuda"))
+    gm.recompile()
+    inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    return graph_on_gpu(lambda *args: tuple(x for x in gm(*args) if x is not None), *inputs)
+
+
+@torch.no_grad()
+def test_decode_of_qwen3_has_no_norm_and_no_residual_of_its_own():
+    moe_compile.register_experts()
+    transformers.AttentionInterface.register("without_kernel", without_kernel)
+    transformers.AttentionMaskInterface.register("without_kernel", sdpa_mask)
+    model, cache = decoder(attention="without_kernel")
+    token = torch.tensor([[3]])
+    gm = on_gpu(capture(model, token, past_key_values=cache, position_ids=token))
+    run_passes(gm)
+    calls = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    ours = [str(c).split(".")[1] for c in calls if "moe_compile" in str(c)]
+    layer = ["rms_norm_mms", "rotate", "attention", "skinny_mm", "rms_norm_mms", "route", "experts"]
+    assert ours == [*layer, *layer, "rms_norm_mms"]
+    assert aten.rsqrt.default not in calls
+    wide = [n for n in gm.graph.nodes if n.target == aten.add.Tensor]
+    assert all(n.meta["val"].numel() == 1 for n in wide)  # positions, not rows
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3, 4, 8, 16])
+def test_compiled_qwen3_on_a_gpu(batch, device):
+    """Errors against the model in float64, with and without the passes.
+
+    Of most rows: one that is routed to another expert is as wrong as can be, here or there.
+    """
+    moe_compile.register_experts()
+    model, _ = decoder(device)
+    exact = copy.deepcopy(model).double()
+    exact.set_experts_implementation("eager")
+    tokens = torch.arange(48, device=device).view(-1, batch, 1)
+    want = torch.cat([exact(part, use_cache=False).logits for part in tokens])
+    errors = []
+    for options in WITH, WITHOUT:
+        torch._dynamo.reset()
+        fn = torch.compile(model, backend="moe_compile", fullgraph=True, options=options)
+        got = torch.cat([fn(part, use_cache=False).logits for part in tokens])
+        errors.append((got.double() - want).square().mean((1, 2)).sqrt().median().item())
+    assert errors[0] <= 1.1 * errors[1], errors
+
+
+WITH = {"require": {"fuse_residual": 4, "fuse_norm": 5}}
+WITHOUT = {"disable": ["fuse_residual", "fuse_norm"]}

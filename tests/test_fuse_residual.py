@@ -213,3 +213,23 @@ def test_unknown_rows(is_reshaped):
     (outcome,) = run_passes(gm, fuse_residual)
     assert not outcome.rewrites
     assert [e.detail for e in outcome.declined] == ["reshaped rows of a number that is not known"]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_compiled_on_a_gpu(tokens, device):
+    """Bitwise what the ops and an addition give, with few experts for a token and with many."""
+    for num_experts in 4, 64:
+
+        def mlp(x, ids, weights, up, down, residual):
+            return moe.experts(x, ids, weights, up, down) + residual
+
+        torch._dynamo.reset()
+        ids = torch.rand(tokens, num_experts, device=device).topk(2).indices
+        w = [half(num_experts, n, k).to(device).mT for n, k in ((2 * H, K), (K, H))]
+        x, residual = (half(tokens, K).to(device) for _ in range(2))
+        args = x, ids, torch.rand(tokens, 2, device=device), *w, residual
+        options = {"require": {"fuse_residual": 1}}
+        fn = torch.compile(mlp, backend="moe_compile", fullgraph=True, options=options)
+        assert torch.equal(fn(*args), mlp(*args))

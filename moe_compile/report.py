@@ -103,6 +103,8 @@ _PICKY = (
     "hoist_constants",
     "choose_kernels",
     "choose_linear",
+    "fuse_residual",
+    "fuse_norm",
     "choose_attention",
     "rotate_together",
     "read_cache",

@@ -22,6 +22,7 @@ from moe_compile.ops import linear_fp8 as _linear_fp8  # noqa: F401
 from moe_compile.ops import mark_placement as _mark_placement  # noqa: F401
 from moe_compile.ops import quant_fp8 as _quant_fp8  # noqa: F401
 from moe_compile.ops import relu2 as _relu2  # noqa: F401
+from moe_compile.ops import rms_norm_mms as _rms_norm_mms  # noqa: F401
 from moe_compile.ops import rotate as _rotate  # noqa: F401
 from moe_compile.ops import rotate_and_store as _rotate_and_store  # noqa: F401
 from moe_compile.ops import route as _route  # noqa: F401

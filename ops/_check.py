@@ -40,6 +40,17 @@ def check_int32(op: str, name: str, x: Tensor) -> None:
         check(False, op, f"int32 {name}", x.dtype)
 
 
+def check_residual(
+    op: str, residual: Tensor | None, shape: Any, dtype: torch.dtype, x: Tensor
+) -> None:
+    """What is to be added to the result, if anything, is like it, and where x is."""
+    if residual is None:
+        return
+    check(residual.shape == shape, op, f"residual {list(shape)}", residual.shape)
+    check(residual.dtype == dtype, op, f"residual in the result's {dtype}", residual.dtype)
+    check_same_device(op, x=x, residual=residual)
+
+
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """All tensors given are on one device."""
     if len({x.device for x in tensors.values() if x is not None}) > 1:

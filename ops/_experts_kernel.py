@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks, launch_gate_up
+from moe_compile.ops._gated import rounded
 from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_fp8_kernel import group_of_scales
 from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
@@ -73,6 +74,7 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     w_ptr,
     ws_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     E,
     F,
@@ -88,6 +90,7 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     DIVIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -116,6 +119,8 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
         groups = tl.arange(0, BLOCK_F // 128)
         ws_ptrs = ws_ptr + (expert * stride_wse + column * stride_wsg)[:, None]
         ws_ptrs += groups[None, :] * stride_wsk
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + token * C + cols, mask=cols < C).to(tl.float32)
     # Of each FOLD neighbours along F, which one thread has read at once, it keeps one sum.
     sums = tl.zeros([BLOCK_K, BLOCK_F // FOLD, BLOCK_O], tl.float32)
     for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
@@ -145,6 +150,9 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
         bias_ptrs = bias_ptr + expert[:, None] * C + cols[None, :]
         y += tl.load(bias_ptrs, mask=owned[:, None] & (cols < C)[None, :], other=0.0).to(tl.float32)
     out = tl.sum(tl.where(owned, weight, 0.0)[:, None] * y, 0)
+    out = rounded(out, out_ptr.dtype.element_ty, True, INTERPRETED)
+    if HAS_RESIDUAL:
+        out = rounded(out + residual, out_ptr.dtype.element_ty, True, INTERPRETED)
     tl.store(out_ptr + token * C + cols, out, mask=cols < C)
 
 
@@ -177,6 +185,7 @@ def launch_few(
     gate: Gate,
     blocks_up: Blocks | None = None,
     blocks_down: FewBlocks | None = None,
+    residual_TO: Tensor | None = None,
 ) -> None:
     """Fill out; see `are_few` for when."""
     if out_TO.numel() == 0:
@@ -193,7 +202,8 @@ def launch_few(
     launch_grouped_mm(
         x_TH, w_up_EHG, h_RF, ids_TK, None, K, bias_up_EG, gate, blocks_up, direct=True
     )
-    launch_down(h_RF, ids_TK, weights_TK, w_down_EFO, None, bias_down_EO, out_TO, blocks_down)
+    down = (w_down_EFO, None, bias_down_EO)
+    launch_down(h_RF, ids_TK, weights_TK, *down, residual_TO, out_TO, blocks_down)
 
 
 def launch_few_fp8(
@@ -209,6 +219,7 @@ def launch_few_fp8(
     quantisation: tuple[float, bool],
     blocks_up: Blocks | GateUpBlocks | None = None,
     blocks_down: FewBlocks | None = None,
+    residual_TO: Tensor | None = None,
 ) -> None:
     """Fill out from float8 rows and weights with their scales; rows between are in `dtype`.
 
@@ -235,7 +246,8 @@ def launch_few_fp8(
         launch_fp8(
             x_TH, x_scale_TL, *up, h_RF, ids_TK, None, K, None, gate, blocks_up, direct=True
         )  # fmt: skip
-    launch_down(h_RF, ids_TK, weights_TK, *down, None, out_TO, blocks_down, quantisation)
+    added = (None, residual_TO)
+    launch_down(h_RF, ids_TK, weights_TK, *down, *added, out_TO, blocks_down, quantisation)
 
 
 def launch_down(
@@ -245,6 +257,7 @@ def launch_down(
     w_EFO: Tensor,
     w_scale: Tensor | None,
     bias_EO: Tensor | None,
+    residual_TO: Tensor | None,
     out_TO: Tensor,
     blocks: FewBlocks | None,
     quantisation: tuple[float, bool] = (0.0, False),
@@ -265,6 +278,7 @@ def launch_down(
         w_EFO,
         w_scale,
         bias_EO if bias_EO is None else bias_EO.contiguous(),
+        residual_TO if residual_TO is None else residual_TO.contiguous(),
         out_TO,
         E,
         F,
@@ -278,6 +292,7 @@ def launch_down(
         DIVIDE=not h_RF.is_cuda or is_division_needed(quantisation[0]),
         INTERPRETED=not h_RF.is_cuda,
         HAS_BIAS=bias_EO is not None,
+        HAS_RESIDUAL=residual_TO is not None,
         EVEN=F % blocks.f == 0,
         K=K,
         BLOCK_K=block_k,

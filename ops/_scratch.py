@@ -131,7 +131,7 @@ def experts_down(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
 
     def call(ids: Tensor) -> Call:
         def launch(blocks: Any) -> Tensor:
-            launch_down(h, ids, weights, w, scales, None, out, blocks, (1e-10, False))
+            launch_down(h, ids, weights, w, scales, None, None, out, blocks, (1e-10, False))
             return out
 
         return launch

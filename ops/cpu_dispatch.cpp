@@ -35,15 +35,16 @@ static auto python_impl(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-static at::Tensor skinny_mm(const at::Tensor& x, const at::Tensor& w, const MaybeTensor& bias) {
+static at::Tensor skinny_mm(const at::Tensor& x, const at::Tensor& w, const MaybeTensor& bias,
+                            const MaybeTensor& residual) {
   const at::ScalarType type = x.scalar_type();
   if (!plain(x, 2) || !plain(w, 2) || code(type) < 0 || w.scalar_type() != type ||
       x.size(1) != w.size(0) || x.size(0) < 1 || x.size(0) > 16 || x.stride(1) != 1 ||
-      !w.numel() || !streams(w, 0) || !packed(bias, {w.size(1)}, type)) {
+      !w.numel() || !streams(w, 0) || !packed(bias, {w.size(1)}, type) || residual) {
     static auto slow =
-        python_impl<at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&)>(
-            "moe_compile::_skinny_mm");
-    return slow.call(x, w, bias);
+        python_impl<at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&,
+                               const MaybeTensor&)>("moe_compile::_skinny_mm");
+    return slow.call(x, w, bias, residual);
   }
   const i64 M = x.size(0), K = w.size(0), N = w.size(1);
   at::Tensor y = at::empty({M, N}, x.options());
@@ -58,7 +59,7 @@ static at::Tensor experts(const at::Tensor& x, const at::Tensor& ids, const at::
                           const at::Tensor& w_up, const at::Tensor& w_down,
                           const MaybeTensor& bias_up, const MaybeTensor& bias_down,
                           bool interleaved, double alpha, std::optional<double> limit,
-                          double up_shift, MaybeDtype dtype) {
+                          double up_shift, MaybeDtype dtype, const MaybeTensor& residual) {
   const at::ScalarType type = x.scalar_type(), out_type = dtype.value_or(type);
   const bool is_plain =
       plain(x, 2) && plain(ids, 2) && plain(weights, 2) && plain(w_up, 3) && plain(w_down, 3);
@@ -70,13 +71,13 @@ static at::Tensor experts(const at::Tensor& x, const at::Tensor& ids, const at::
       !x.numel() || !ids.numel() || !w_up.numel() || !w_down.numel() || !ids.is_contiguous() ||
       !weights.is_contiguous() || !streams(w_up, 1) || !streams(w_down, 1) ||
       !packed(bias_up, {w_up.size(0), w_up.size(2)}, type) ||
-      !packed(bias_down, {w_down.size(0), w_down.size(2)}, type)) {
+      !packed(bias_down, {w_down.size(0), w_down.size(2)}, type) || residual) {
     static auto slow = python_impl<at::Tensor(
         const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
         const at::Tensor&, const MaybeTensor&, const MaybeTensor&, bool, double,
-        std::optional<double>, double, MaybeDtype)>("moe_compile::_experts");
+        std::optional<double>, double, MaybeDtype, const MaybeTensor&)>("moe_compile::_experts");
     return slow.call(x, ids, weights, w_up, w_down, bias_up, bias_down, interleaved, alpha, limit,
-                     up_shift, dtype);
+                     up_shift, dtype, residual);
   }
   at::Tensor out = at::empty({x.size(0), w_down.size(2)}, x.options().dtype(out_type));
   const Experts a{data(out), data(x), data(ids), data(weights), data(w_up), data(w_down),

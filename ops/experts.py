@@ -5,11 +5,12 @@ them together again where launching each costs more than what it does. On a GPU 
 kernels where hardly two tokens share an expert (`_experts_kernel.py`), and its stages' otherwise.
 
 Shapes: x [T, H], ids [T, K], weights [T, K], w_up [E, H, 2F], w_down [E, F, O], bias_up [E, 2F],
-    bias_down [E, O] -> [T, O]. Any id outside [0, E) is no expert and adds exactly 0. T may be 0.
+    bias_down [E, O], residual [T, O] -> [T, O]. Any id outside [0, E) is no expert and adds exactly
+    0. T may be 0.
 Dtypes: x, w_up, w_down and biases in one of float32, float16, bfloat16; weights in any of these;
     ids int32 or int64. GEMMs accumulate in float32 and round once, as their stages do, or not at
     all before the sum over K; the activation and that sum are float32, rounded once. Returned in
-    `dtype`, or in x's.
+    `dtype`, or in x's; the residual, of that dtype, is added to that, and rounded again.
 Errors: ValueError for other ranks, dtypes or devices and for sizes that do not fit.
 
 Letters: T tokens, K experts per token, E experts, H features in, F expert features, G = 2 * F,
@@ -26,6 +27,7 @@ from moe_compile.ops._check import (
     check_dims,
     check_float,
     check_float_dtype,
+    check_residual,
     check_same_device,
 )
 from moe_compile.ops._cpu import experts_cpu
@@ -65,13 +67,14 @@ def _by_stages(
     limit: float | None = None,
     up_shift: float = 0.0,
     dtype: torch.dtype | None = None,
+    residual_TO: Tensor | None = None,
 ) -> Tensor:
     sort, mm, activate, add_up = stages
     rows_R, offsets_E, position_TK = sort(ids_TK, w_up_EHG.shape[0])
     g_RG = mm(x_TH, w_up_EHG, offsets_E, rows_R, ids_TK.shape[1], bias_up_EG)
     h_RF = activate(g_RG, interleaved, alpha, limit, up_shift)
     y_RO = mm(h_RF, w_down_EFO, offsets_E, None, 1, bias_down_EO)
-    return add_up(y_RO, position_TK, weights_TK, dtype=dtype)  # type: ignore[no-any-return]
+    return add_up(y_RO, position_TK, weights_TK, dtype, residual_TO)  # type: ignore[no-any-return]
 
 
 def _check(
@@ -123,14 +126,20 @@ def _fake(
     limit: float | None = None,
     up_shift: float = 0.0,
     dtype: torch.dtype | None = None,
+    residual_TO: Tensor | None = None,
 ) -> Tensor:
     _check(x_TH, ids_TK, weights_TK, w_up_EHG, w_down_EFO, bias_up_EG, bias_down_EO, dtype)
-    return x_TH.new_empty(x_TH.shape[0], w_down_EFO.shape[2], dtype=dtype)
+    out_TO = x_TH.new_empty(x_TH.shape[0], w_down_EFO.shape[2], dtype=dtype)
+    check_residual("experts", residual_TO, out_TO.shape, out_TO.dtype, x_TH)
+    return out_TO
 
 
 def _cpu(*args: Any) -> Tensor:
     out_TO: Tensor = _fake(*args)
-    return out_TO if experts_cpu(out_TO, *args) else _by_stages(STAGES, *args)
+    args, residual = args[:12], args[12:]
+    if not experts_cpu(out_TO, *args):
+        return _by_stages(STAGES, *args, *residual)
+    return out_TO + residual[0] if residual and residual[0] is not None else out_TO
 
 
 def experts_triton(
@@ -146,14 +155,16 @@ def experts_triton(
     limit: float | None = None,
     up_shift: float = 0.0,
     dtype: torch.dtype | None = None,
+    residual_TO: Tensor | None = None,
 ) -> Tensor:
     """Launch two kernels for few tokens, or one for each stage."""
     experts = (w_up_EHG, w_down_EFO)
     biases = (bias_up_EG, bias_down_EO)
-    out_TO = _fake(x_TH, ids_TK, weights_TK, *experts, *biases, dtype=dtype)
+    inputs = (x_TH, ids_TK, weights_TK)
+    out_TO = _fake(*inputs, *experts, *biases, dtype=dtype, residual_TO=residual_TO)
     if are_few(ids_TK.numel(), *experts):
         gate = Gate(interleaved, alpha, limit, up_shift)
-        launch_few(x_TH, ids_TK, weights_TK, *experts, out_TO, *biases, gate)
+        launch_few(*inputs, *experts, out_TO, *biases, gate, residual_TO=residual_TO)
         return out_TO
     rows_R, offsets_E, position_TK = sort_tokens_triton(ids_TK, w_up_EHG.shape[0])
     up = (x_TH, w_up_EHG, offsets_E, rows_R, ids_TK.shape[1], bias_up_EG)
@@ -163,13 +174,14 @@ def experts_triton(
     else:
         h_RF = silu_mul_triton(grouped_mm_triton(*up), *activation)
     y_RO = grouped_mm_triton(h_RF, w_down_EFO, offsets_E, None, 1, bias_down_EO)
-    return combine_triton(y_RO, position_TK, weights_TK, dtype)
+    return combine_triton(y_RO, position_TK, weights_TK, dtype, residual_TO)
 
 
 experts = define(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor w_up, Tensor w_down,"
     " Tensor? bias_up=None, Tensor? bias_down=None, bool interleaved=False, float alpha=1.0,"
-    " float? limit=None, float up_shift=0.0, ScalarType? dtype=None) -> Tensor",
+    " float? limit=None, float up_shift=0.0, ScalarType? dtype=None,"
+    " Tensor? residual=None) -> Tensor",
     cpu=_cpu,
     cuda=experts_triton,
     fake=_fake,

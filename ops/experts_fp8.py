@@ -7,11 +7,12 @@ it quantises x, too, with the same floor of amax and the same choice of powers o
 Letters: T tokens, K experts per token, E experts, H features in, F expert features, G = 2 * F, O
     features out, L and M groups of 128 of H and F.
 Shapes: x [T, H], x_scale [T, L], ids and weights [T, K], w_up [E, H, 2F], w_up_scale [E, L, 2M],
-    w_down [E, F, O], w_down_scale [E, M, ceil(O / 128)] -> [T, O]; gate before up, F a multiple of
-    128, weights stored along H and F. Any id outside [0, E) is no expert and adds exactly 0.
+    w_down [E, F, O], w_down_scale [E, M, ceil(O / 128)], residual [T, O] -> [T, O]; gate before up,
+    F a multiple of 128, weights stored along H and F. Any id outside [0, E) is no expert and adds
+    exactly 0.
 Dtypes: x, w_up and w_down float8_e4m3fn, without x_scale x float32, float16 or bfloat16; scales
-    float32; weights float32, float16 or bfloat16; ids int32 or int64; rows between the products and
-    the result in `dtype`.
+    float32; weights float32, float16 or bfloat16; ids int32 or int64; rows between the products,
+    the result and the residual that is added to it in `dtype`.
 Errors: ValueError as those ops, and for other F.
 Source: as `experts` and `grouped_mm_fp8`.
 """
@@ -21,7 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compile.ops._check import check, check_dims, check_float, check_same_device
+from moe_compile.ops._check import (
+    check,
+    check_dims,
+    check_float,
+    check_residual,
+    check_same_device,
+)
 from moe_compile.ops._experts_kernel import are_few, launch_few_fp8
 from moe_compile.ops._grouped_mm_fp8_kernel import group_of_scales
 from moe_compile.ops._grouped_mm_kernel import Gate
@@ -75,6 +82,7 @@ def _by_stages(
     power_of_two: bool = False,
     amax_floor: float = 1e-10,
     dtype: torch.dtype = torch.bfloat16,
+    residual_TO: Tensor | None = None,
 ) -> Tensor:
     sort, mm, activate, add_up, quantise = stages
     if x_scale_TL is None:
@@ -87,7 +95,7 @@ def _by_stages(
         round_silu=round_silu, round_product=True, power_of_two=power_of_two, amax_floor=amax_floor,
     )  # fmt: skip
     y_RO = mm(q, scale, w_down_EFO, w_down_scale, offsets_E, None, 1, None, dtype)
-    return add_up(y_RO, position_TK, weights_TK)  # type: ignore[no-any-return]
+    return add_up(y_RO, position_TK, weights_TK, None, residual_TO)  # type: ignore[no-any-return]
 
 
 def _fake(
@@ -106,6 +114,7 @@ def _fake(
     power_of_two: bool = False,
     amax_floor: float = 1e-10,
     dtype: torch.dtype = torch.bfloat16,
+    residual_TO: Tensor | None = None,
 ) -> Tensor:
     op = "experts_fp8"
     check_dims(op, "ids", ids_TK, "[T, K]")
@@ -136,7 +145,9 @@ def _fake(
         op, x=x_TH, x_scale=x_scale_TL, ids=ids_TK, weights=weights_TK, w_up=w_up_EHG,
         w_up_scale=w_up_scale, w_down=w_down_EFO, w_down_scale=w_down_scale,
     )  # fmt: skip
-    return x_TH.new_empty(T, out, dtype=dtype)
+    out_TO = x_TH.new_empty(T, out, dtype=dtype)
+    check_residual(op, residual_TO, out_TO.shape, dtype, x_TH)
+    return out_TO
 
 
 def experts_fp8_triton(
@@ -155,17 +166,19 @@ def experts_fp8_triton(
     power_of_two: bool = False,
     amax_floor: float = 1e-10,
     dtype: torch.dtype = torch.bfloat16,
+    residual_TO: Tensor | None = None,
 ) -> Tensor:
     """Launch two kernels for few tokens, or one for each stage."""
     inputs = (x_TH, x_scale_TL, ids_TK, weights_TK)
     up, down = (w_up_EHG, w_up_scale), (w_down_EFO, w_down_scale)
-    out_TO = _fake(*inputs, *up, *down, amax_floor=amax_floor, dtype=dtype)
+    out_TO = _fake(*inputs, *up, *down, amax_floor=amax_floor, dtype=dtype, residual_TO=residual_TO)
     if not are_few(ids_TK.numel(), w_up_EHG, w_down_EFO):
         activation = (alpha, limit, up_shift, round_silu, power_of_two, amax_floor)
-        given: tuple[Any, ...] = (*inputs, *up, *down, *activation, dtype)
+        given: tuple[Any, ...] = (*inputs, *up, *down, *activation, dtype, residual_TO)
         return _by_stages(KERNELS, *given)
     gate = Gate(False, alpha, limit, up_shift, round_silu)
-    launch_few_fp8(*inputs, up, down, out_TO, dtype, gate, (amax_floor, power_of_two))
+    how = (dtype, gate, (amax_floor, power_of_two))
+    launch_few_fp8(*inputs, up, down, out_TO, *how, residual_TO=residual_TO)
     return out_TO
 
 
@@ -178,7 +191,7 @@ experts_fp8 = define(
     "experts_fp8(Tensor x, Tensor? x_scale, Tensor ids, Tensor weights, Tensor w_up,"
     " Tensor w_up_scale, Tensor w_down, Tensor w_down_scale, float alpha=1.0, float? limit=None,"
     " float up_shift=0.0, bool round_silu=False, bool power_of_two=False, float amax_floor=1e-10,"
-    " ScalarType dtype=bfloat16) -> Tensor",
+    " ScalarType dtype=bfloat16, Tensor? residual=None) -> Tensor",
     cpu=_cpu,
     cuda=experts_fp8_triton,
     fake=_fake,

@@ -34,19 +34,20 @@ def skinny_mms_triton(
     blocks: Blocks | None = None,
 ) -> list[Tensor]:
     """Launch the kernel once where it takes such an input, else `skinny_mm` for each."""
-    _check(x_MK, ws, biases)
+    check_skinny_mms("skinny_mms", x_MK, ws, biases)
     if not fits(x_MK, ws):
         return _cpu(x_MK, ws, biases)
     return launch(x_MK, ws, biases, blocks)
 
 
 def _cpu(x_MK: Tensor, ws: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    _check(x_MK, ws, biases)
+    check_skinny_mms("skinny_mms", x_MK, ws, biases)
     return [skinny_mm(x_MK, w, bias) for w, bias in zip(ws, biases, strict=True)]
 
 
-def _check(x_MK: Tensor, ws: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-    op = "skinny_mms"
+def check_skinny_mms(
+    op: str, x_MK: Tensor, ws: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> None:
     check(1 <= len(ws) <= MOST_WEIGHTS, op, f"1 to {MOST_WEIGHTS} weights", len(ws))
     check(len(biases) == len(ws), op, f"{len(ws)} biases or None, one a weight", len(biases))
     for w, bias in zip(ws, biases, strict=True):
@@ -54,7 +55,7 @@ def _check(x_MK: Tensor, ws: Sequence[Tensor], biases: Sequence[Tensor | None]) 
 
 
 def _fake(x_MK: Tensor, ws: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    _check(x_MK, ws, biases)
+    check_skinny_mms("skinny_mms", x_MK, ws, biases)
     return [x_MK.new_empty(x_MK.shape[0], w.shape[1]) for w in ws]
 
 

@@ -16,6 +16,8 @@ from moe_compile.passes.find_routing import find_routing
 from moe_compile.passes.fuse_activation_quant import fuse_activation_quant
 from moe_compile.passes.fuse_all_reduce import fuse_all_reduce
 from moe_compile.passes.fuse_epilogue import fuse_epilogue
+from moe_compile.passes.fuse_norm import fuse_norm
+from moe_compile.passes.fuse_residual import fuse_residual
 from moe_compile.passes.hoist_constants import hoist_constants
 from moe_compile.passes.lint_collectives import lint_collectives
 from moe_compile.passes.read_cache import read_cache
@@ -35,6 +37,8 @@ PASSES: tuple[Pass, ...] = (
     choose_kernels,
     fuse_epilogue,
     choose_linear,
+    fuse_residual,
+    fuse_norm,
     choose_attention,
     count_together,
     rotate_together,

@@ -170,6 +170,16 @@ def move_before(place: fx.Node, node: fx.Node | None) -> None:
     place.prepend(node)
 
 
+def reshaped(graph: fx.Graph, x: fx.Node, shape: Any, like: fx.Node) -> fx.Node:
+    """x in another shape of known sizes: what x was reshaped from, if that has it, or a reshape."""
+    source: Any = x
+    while not same_shape(source, shape):
+        if not is_call(source, *RESHAPES):
+            return call(graph, aten.reshape.default, x, list(shape), like=like)
+        source = args(source)[0]
+    return source  # type: ignore[no-any-return]
+
+
 _PARAMETER = "moe_compile_parameter"
 
 

@@ -15,6 +15,7 @@ from moe_compile.passes._graph import (
     is_widening,
     operands,
     same_shape,
+    strip,
     val,
 )
 
@@ -43,6 +44,23 @@ def rms_norms_of(x: fx.Node) -> list[RMSNorm]:
             if is_call(node, aten.mul.Tensor) and (eps := _scale_of(node, source)) is not None:
                 found += _weighted(node, x, eps)
     return found
+
+
+def rms_norm_behind(value: Any) -> tuple[fx.Node, RMSNorm] | None:
+    """What `value` is the RMSNorm of, and how."""
+    for scaled in _factors(value):
+        for wide in _factors(scaled):
+            for x in (args(wide)[0] if is_widening(wide) else wide, wide):
+                norm = next((n for n in rms_norms_of(x) if n.value is value), None)
+                if norm is not None and val(x).dtype == val(value).dtype:
+                    return x, norm
+    return None
+
+
+def _factors(node: Any) -> list[fx.Node]:
+    """The tensors of which `node` is the product, cast or not."""
+    product = strip(node, *CASTS)
+    return [a for a in args(product) if has_val(a)] if is_call(product, aten.mul.Tensor) else []
 
 
 def _scale_of(node: fx.Node, source: fx.Node) -> float | None:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from moe_compile.ops import moe
-from moe_compile.passes._graph import CASTS, COPIES, RESHAPES, aten
+from moe_compile.passes._graph import CASTS, COPIES, RESHAPES, arg, aten, is_call
 from moe_compile.passes._here import Here, first, first_unknown, joined, kinds, name_of
 from moe_compile.passes._placement import Placement, unknown
 from moe_compile.passes._transfer_pointwise import pointwise
@@ -48,7 +49,7 @@ def transfer(here: Here) -> Placement:
     found = [here.of(n) for n in here.inputs]
     if any(p.whole for p in found):
         return with_whole_numbers(here, found)
-    rule = _RULES.get(node.target)
+    rule = None if _adds_residual(node) else _RULES.get(node.target)
     if rule is not None:
         return rule(here)
     if not found:
@@ -64,6 +65,12 @@ def transfer(here: Here) -> Placement:
     if (p := first(found, "partial")) and str(node.target).startswith(_NONLINEAR):
         return here.missing_reduce(p)
     return first_unknown(found) or unknown(f"no rule for {name_of(node)} of {kinds(found)}")
+
+
+def _adds_residual(node: fx.Node) -> bool:
+    """Does a product or sum end with an addition that its rule knows nothing of?"""
+    places = ((moe.skinny_mm.default, 3), (moe.combine.default, 4))
+    return any(is_call(node, op) and arg(node, i, "residual") is not None for op, i in places)
 
 
 def _is_known(target: Any) -> bool:

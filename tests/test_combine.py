@@ -32,6 +32,17 @@ def test_matches_reference(fn, shape, dtype, device):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 300), (0, 2, 64)], ids=str)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_a_residual_is_added_to_what_was_rounded(fn, shape, dtype, device):
+    args = *inputs(*shape, device), dtype
+    residual = torch.randn(shape[2], shape[0], device=device).to(dtype).t()
+    out = fn(*args, residual)
+    assert out.is_contiguous()
+    assert torch.equal(out, fn(*args) + residual)
+
+
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
 def test_nothing_of_no_owner_is_read(fn, device):
     y, position, weights = inputs(6, 3, 40, device)
@@ -93,6 +104,8 @@ def test_whole_layer_in_a_cuda_graph(device):
 def test_opcheck(device):
     torch.library.opcheck(combine, inputs(5, 2, 16, device))
     torch.library.opcheck(combine, (*inputs(5, 2, 16, device), torch.bfloat16))
+    residual = torch.ones(5, 16, device=device)
+    torch.library.opcheck(combine, (*inputs(5, 2, 16, device), None, residual))
 
 
 def wrong(**changes):
@@ -111,6 +124,8 @@ def wrong(**changes):
         (wrong(weights=torch.ones(3, 2).long()), "weights in float32, .*, got torch.int64"),
         (wrong(dtype=torch.int32), "dtype float32, .*, got torch.int32"),
         (wrong(weights=torch.ones(3, 2, device="meta")), "all tensors on one device, got"),
+        (wrong(residual=torch.ones(3, 7)), r"residual \[3, 8\], got \[3, 7\]"),
+        (wrong(residual=torch.ones(3, 8).half()), "residual in the result's torch.float32, got"),
     ],
 )
 def test_wrong_input(args, message):

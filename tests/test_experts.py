@@ -53,6 +53,21 @@ def test_two_kernels_for_few_tokens(shape, biases, dtype, device):
     assert_close(experts_triton(x, ids, *rest), experts_reference, x, ids, *rest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fn", [experts, experts_triton], ids=["op", "triton"])
+@pytest.mark.parametrize("shape", [(2, 1, 8, 40, 24), (3, 2, 4, 40, 24)], ids=["few", "more"])
+def test_a_residual_is_added_to_what_was_rounded(shape, fn, dtype, device):
+    args = inputs(shape, dtype, device)
+    how = {"limit": 1.5, "dtype": torch.bfloat16}
+    residual = torch.randn(40, shape[0], device=device).bfloat16().t()
+    out = fn(*args, **how, **{NAMES[fn]: residual})
+    assert out.is_contiguous()
+    assert torch.equal(out, fn(*args, **how) + residual)
+
+
+NAMES = {experts: "residual", experts_triton: "residual_TO"}
+
+
 @pytest.mark.parametrize("blocks", [FewBlocks(16, 4, 2, 1), FewBlocks(64, 1, 4, 3)], ids=str)
 def test_any_blocks_give_the_same(blocks, device):
     x, ids, weights, *w = inputs((2, 3, 32, 40, 72), torch.float32, device)
@@ -148,6 +163,7 @@ def test_opcheck(device):
     args = inputs((4, 2, 6, 64, 32), torch.float32, device)
     torch.library.opcheck(experts, args)
     torch.library.opcheck(experts, args, {"limit": 2.0, "dtype": torch.bfloat16})
+    torch.library.opcheck(experts, args, {"residual": torch.ones(4, 64, device=device)})
 
 
 def test_wrong_inputs(device):
@@ -166,3 +182,6 @@ def test_wrong_inputs(device):
     for args, message in wrong:
         with pytest.raises(ValueError, match=message):
             experts(*args)
+    for residual, message in (x[:3], r"residual \[4, 64\]"), (x.half(), "residual in the result's"):
+        with pytest.raises(ValueError, match=f"experts: expected {message}"):
+            experts(x, ids, weights, w_up, w_down, residual=residual)

@@ -90,6 +90,18 @@ def test_quantises_x_with_any_blocks(attributes, device):
     assert_close_layer(got, *q, ids, weights, *w, **how, dtype=got.dtype)
 
 
+@pytest.mark.parametrize("shape", ["one token", "tokens that share experts"])
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_a_residual_is_added_to_what_was_rounded(shape, fn, device):
+    args = inputs(SHAPES[shape], device)
+    out = fn(*args)
+    residual = torch.randn_like(out)
+    name = "residual" if fn is experts_fp8 else "residual_TO"
+    assert torch.equal(fn(*args, **{name: residual}), out + residual)
+    with pytest.raises(ValueError, match="experts_fp8: expected residual in the result's"):
+        fn(*args, **{name: residual.float()})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_experts_and_any_blocks(dtype, device):
     args = inputs(SHAPES["few"], device)

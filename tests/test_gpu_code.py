@@ -30,7 +30,10 @@ SORT = {
     **{"ids_ptr": "*i64", "rows_ptr": "*i32", "offsets_ptr": "*i32", "position_ptr": "*i32"},
     **{"counts_ptr": "*i32", "starts_ptr": "*i32", "R": "i32", "E": "i32", "num_blocks": "i32"},
 }
-COMBINE = {"y_ptr": "*bf16", "position_ptr": "*i32", "weights_ptr": "*fp32", "out_ptr": "*bf16"}
+COMBINE = {
+    **{"y_ptr": "*bf16", "position_ptr": "*i32", "weights_ptr": "*fp32", "out_ptr": "*bf16"},
+    **{"residual_ptr": "*bf16", "H": "i32", "stride_yr": "i32"},
+}
 GEMM = {
     **{"x_ptr": "*bf16", "w_ptr": "*bf16", "offsets_ptr": "*i32", "rows_ptr": "*i32"},
     **{"bias_ptr": "*bf16", "y_ptr": "*bf16", "R": "i32", "E": "i32", "H": "i32", "G": "i32"},
@@ -61,7 +64,8 @@ GEMM_FP8 = {
 }
 DOWN_COMBINE = {
     **{"h_ptr": "*bf16", "ids_ptr": "*i64", "weights_ptr": "*fp32", "w_ptr": "*bf16"},
-    **{"bias_ptr": "*bf16", "out_ptr": "*bf16", "E": "i32", "F": "i32", "C": "i32"},
+    **{"bias_ptr": "*bf16", "residual_ptr": "*bf16", "out_ptr": "*bf16"},
+    **{"E": "i32", "F": "i32", "C": "i32"},
     **{"stride_we": "i32", "stride_wo": "i32", "ws_ptr": "*fp32", "amax_floor": "fp32"},
     **{"stride_wse": "i32", "stride_wsk": "i32", "stride_wsg": "i32"},
 }
@@ -71,7 +75,8 @@ ALL_REDUCE = {
     **{"row_words": "i32", "rows": "i32", "eps": "fp32"},
 }
 SKINNY = {  # of q, k and v
-    **{"x_ptr": "*bf16", "M": "i32", "K": "i32", "stride_xm": "i32"},
+    **{"x_ptr": "*bf16", "M": "i32", "K": "i32", "stride_xm": "i32", "eps": "fp32"},
+    **dict.fromkeys(("norm_ptr", "residual_ptr", "normed_ptr"), "*bf16"),
     **{name: ("*bf16",) * 3 for name in ("w_ptrs", "bias_ptrs", "y_ptrs")},
     **{name: ("i32",) * 3 for name in ("Ns", "bias_Ns", "strides_w")},
 }
@@ -156,7 +161,7 @@ def down_combine(k, f, o, stages, **constants):
     """The constants of `down_combine_kernel`."""
     shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
     flags = {"HAS_BIAS": True, "EVEN": True, "FP8": False, "POWER_OF_TWO": False}
-    flags |= {"DIVIDE": False, "INTERPRETED": False, "FOLD": 8}
+    flags |= {"DIVIDE": False, "HAS_RESIDUAL": True, "INTERPRETED": False, "FOLD": 8}
     return {**shape, **flags, **constants}
 
 
@@ -183,7 +188,11 @@ def skinny(rows, n, k, dot, stages, **constants):
     """The constants of `skinny_mm_kernel` with the blocks that `choose_blocks` gives."""
     shape = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k, "DOT": dot, "STAGES": stages, "FOLD": 8}
     flags = {"K_CONTIGUOUS": True, "HAS_BIAS": True, "EVEN_K": True, "UPCAST": False}
-    return {**shape, **flags, "COUNT": 3, **constants}
+    flags |= {"HAS_RESIDUAL": False, "NORM": False, "ROUND_FIRST": False}
+    return {**shape, **flags, "ROWS_UP": rows, "COUNT": 3, "PART": 0, **constants}
+
+
+NORMED = {"NORM": True, "ROUND_FIRST": True, "PART": 32}
 
 
 def skinny_fp8(rows, n, k, dot, ahead, stages, **constants):
@@ -221,8 +230,8 @@ KERNELS = {  # module, kernel, types, constants, warps
     "scatter": ("sort_tokens", SORT, {"BLOCK_R": 64}, 4),
     "combine": (
         "combine",
-        {**COMBINE, "H": "i32", "stride_yr": "i32"},
-        {"K": 8, "BLOCK_H": 1024},
+        COMBINE,
+        {"K": 8, "BLOCK_H": 1024, "HAS_RESIDUAL": True, "INTERPRETED": False},
         4,
     ),
     "grouped_mm of one row": ("grouped_mm", GEMM, blocks(1, 16, 256, 1, 3), 2),
@@ -318,6 +327,42 @@ KERNELS = {  # module, kernel, types, constants, warps
         SKINNY,
         skinny(1, 32, 64, False, 4, FOLD=1, K_CONTIGUOUS=False),
         4,
+    ),
+    "skinny_mm of one row, normed": (
+        "skinny_mm",
+        SKINNY,
+        skinny(1, 4, 1024, False, 4, **NORMED),
+        4,
+    ),
+    "skinny_mm of three rows, normed": (
+        "skinny_mm",
+        SKINNY,
+        skinny(3, 4, 1024, False, 4, ROWS_UP=4, **NORMED),
+        4,
+    ),
+    "skinny_mm of one row, normed, columns contiguous": (
+        "skinny_mm",
+        SKINNY,
+        skinny(1, 32, 64, False, 4, FOLD=1, K_CONTIGUOUS=False, EVEN_K=False, **NORMED),
+        4,
+    ),
+    "skinny_mm of many rows, normed": (
+        "skinny_mm",
+        SKINNY,
+        skinny(16, 8, 256, True, 4, **NORMED),
+        4,
+    ),
+    "skinny_mm of one row, residual": (
+        "skinny_mm",
+        SKINNY,
+        skinny(1, 4, 2048, False, 4, HAS_RESIDUAL=True, COUNT=1),
+        8,
+    ),
+    "skinny_mm of many rows, residual": (
+        "skinny_mm",
+        SKINNY,
+        skinny(16, 16, 256, True, 4, HAS_RESIDUAL=True, COUNT=1),
+        2,
     ),
     "skinny_mm of many rows": ("skinny_mm", SKINNY, skinny(16, 16, 256, True, 4), 2),
     "skinny_mm of many rows, columns contiguous": (

@@ -100,8 +100,21 @@ def test_any_blocks_give_the_same(blocks, dtype, device):
     for M, K in (1, 128), (4, 100):
         x, w, bias = inputs(M, K, 19, device, dtype)
         for weight in w, w.contiguous():
-            y = skinny_mm_triton(x, weight, bias, blocks)
+            y = skinny_mm_triton(x, weight, bias, blocks=blocks)
             assert_close(y, skinny_mm_reference, x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("fn", [skinny_mm, skinny_mm_triton], ids=["op", "triton"])
+@pytest.mark.parametrize("M", [0, 1, 3, 6, 17])
+def test_a_residual_is_added_to_what_was_rounded(M, fn, dtype, device):
+    x, w, bias = inputs(M, 40, 9, device, dtype)
+    residual = torch.randn(9, M, device=device).to(dtype).t()
+    for weight in w, w.contiguous():
+        out = fn(x, weight, bias, residual)
+        assert out.is_contiguous()
+        assert torch.equal(out, fn(x, weight, bias) + residual)
+        assert torch.equal(fn(x, weight, None, residual), fn(x, weight) + residual)
 
 
 @pytest.mark.parametrize("M", [3, 6])
@@ -138,7 +151,9 @@ def test_real_shapes(M, dtype, device):
         x, w, bias = inputs(M, K, N, device, dtype)
         for weight in w, w.contiguous():
             assert_close(skinny_mm(x, weight, bias), skinny_mm_reference, x, weight, bias)
-            assert torch.equal(skinny_mm(x, weight, bias), skinny_mm(x, weight, bias))
+            y, residual = skinny_mm(x, weight, bias), torch.randn(M, N, device=device).to(dtype)
+            assert torch.equal(y, skinny_mm(x, weight, bias))
+            assert torch.equal(y + residual, skinny_mm(x, weight, bias, residual))
 
 
 def test_without_a_compiler(monkeypatch):
@@ -162,6 +177,7 @@ def test_opcheck(device):
     x, w, bias = inputs(3, 24, 72, device)
     torch.library.opcheck(skinny_mm, (x, w))
     torch.library.opcheck(skinny_mm, (x, w, bias))
+    torch.library.opcheck(skinny_mm, (x, w, None, x.new_ones(3, 72)))
 
 
 WRONG = {
@@ -173,6 +189,11 @@ WRONG = {
     "bias of another size": (lambda x, w, b: (x, w, b[:3]), r"bias \[4\], got \[3\]"),
     "bias of rank 2": (lambda x, w, b: (x, w, b[None]), r"bias \[4\], got \[1, 4\]"),
     "bias of another dtype": (lambda x, w, b: (x, w, b.half()), r"bias in x's dtype"),
+    "residual of one row": (lambda x, w, b: (x, w, b, b[None]), r"residual \[2, 4\], got \[1, 4\]"),
+    "residual of another dtype": (
+        lambda x, w, b: (x, w, b, x[:, :4].half()),
+        "residual in the result's torch.float32, got torch.float16",
+    ),
 }
 
 

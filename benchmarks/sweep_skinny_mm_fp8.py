@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from bench_ops import microseconds, roofs
-from sweep_skinny_mm import L2, MODELS, Dense
+from sweep_skinny_mm import MODELS, Dense
 from torch import Tensor
 
 from moe_compile.ops import moe
+from moe_compile.ops._scratch import how_many
 from moe_compile.ops._skinny_mm_fp8_kernel import MOST_ROWS_OF_SUMS, Blocks, choose_blocks
 from moe_compile.ops.skinny_mms_fp8 import skinny_mms_fp8_reference, skinny_mms_fp8_triton
 
@@ -105,7 +106,7 @@ def main() -> None:
 
 def sweep(name: str, layer: Dense, M: int, most: int) -> None:
     size = layer.K * sum(layer.Ns)
-    calls = [inputs(layer, M) for _ in range(min(128, max(4, 2 * L2 // size)))]
+    calls = [inputs(layer, M) for _ in range(how_many(size, torch.device("cuda")))]
     floor = size / roofs()[0]
     now, *others = candidates(layer, M)
     peers: dict[str, Callable[..., list[Tensor]]] = {"quant_fp8, linear_fp8": parts}

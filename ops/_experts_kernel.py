@@ -55,8 +55,10 @@ def choose_few_blocks(F: int, K: int, fp8: bool) -> FewBlocks:
 
     Measured with (16, 256, 4, 3) before, in float8 with (16, 64, 4, 4).
     """
-    if fp8:  # Mixtral 97.9 with (1024, 4), 102 with (512, 8), 186 with (128, 8); Qwen3 17.6
-        return FewBlocks(1024, 4, 4, 3) if K <= 2 else FewBlocks(128, 8, 4, 3)
+    if fp8 and K <= 2:  # Mixtral 97.9, 102 with (512, 8), 186 with (128, 8)
+        return FewBlocks(1024, 4, 4, 3)
+    if fp8:  # behind `gate_up_fp8`, Qwen3 19.2 with (256, 8), 21.1 with (128, 8)
+        return FewBlocks(256 if F <= 1024 else 128, 8, 4, 3)
     # Qwen3 22.6 with 2 stages; Mixtral 166 with 3, 171 with 2; DeepSeek-V3 165 with either.
     return FewBlocks(256, 4, 8, 2 if F <= 1024 else 3)
 

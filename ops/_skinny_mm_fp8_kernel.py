@@ -39,20 +39,24 @@ class Blocks(NamedTuple):
 def choose_blocks(M: int, K: int, N: int) -> Blocks:
     """Blocks for M rows times weights of K by N, which is the sum of the columns of all.
 
-    Not measured yet: as `skinny_mm`'s, with twice as many values of half the bytes. A program of 16
-    rows has more to quantise than its columns of w to multiply, so that is done ahead.
+    As `skinny_mm`'s, with twice as many values of half the bytes. A program of 16 rows has more to
+    quantise than its columns of w to multiply, so that is done ahead; eight columns and more than
+    two rows would take all registers. One H200, 2026-11-22, sweep_skinny_mm_fp8.py, one row, us:
+    q, k and v of Qwen3-30B-A3B with these 5.9 (8 x 1024 with 2 warps 5.8), o 5.1 (5.0); 4 columns,
+    8 warps for o 6.3; `quant_fp8` and `linear_fp8` 21.0 and 12.2. More rows were not measured.
     """
-    n = 1 << max(0, (N // (2 * SMS)).bit_length() - 1)  # the widest for two programs an SM
     if M > MOST_ROWS_OF_SUMS:
+        n = 1 << max(0, (N // (2 * SMS)).bit_length() - 1)  # the widest for two programs an SM
         return Blocks(max(8, min(n, 32)), 128, True, True, 4, 6)
+    n = 1 << max(0, (N // 240).bit_length() - 1)  # not quite two
     warps = _warps(K)
-    stages = min(4, 1 + triton.cdiv(K, 512 * warps))
-    return Blocks(max(2, min(n, 8)), 512 * warps, False, False, warps, stages)
+    stages = min(3, 1 + triton.cdiv(K, 512 * warps))
+    return Blocks(max(2, min(n, 8 if M <= 2 else 4)), 512 * warps, False, False, warps, stages)
 
 
 def _warps(K: int) -> int:
     """Side by side along K: as many as divide it, else rather padding than few loads at a time."""
-    fitting = [w for w in (8, 4, 2) if 512 * w <= K and (w < 8 or K >= 4096)]
+    fitting = [w for w in (4, 2) if 512 * w <= K]
     even = [w for w in fitting if K % (512 * w) == 0]
     return (even or fitting or [1])[0]
 

@@ -146,7 +146,10 @@ def test_compiled(plain, tokens):
 
 
 def test_graph_of_a_layer(tokens, device):
-    """The stages of a layer, each token quantised once; no weight is gathered or copied."""
+    """The stages of a layer, each token quantised once; no weight is gathered or copied.
+
+    On a GPU the dense layers of so few tokens quantise in their own kernel.
+    """
     model = moe_compile.quantize(build(Batched).to(device), example_inputs=tokens)
     with torch.no_grad():
         gm = capture(model, tokens)
@@ -154,8 +157,9 @@ def test_graph_of_a_layer(tokens, device):
     names = [str(n.target).split(".")[1] for n in gm.graph.nodes if "moe_compile." in str(n.target)]
     stages = ["quant_fp8", "grouped_mm_fp8", "silu_mul_quant", "grouped_mm_fp8", "combine"]
     found = [n for n in names if n in stages]
-    assert found == ["quant_fp8", *stages]  # the first with linear_fp8
-    assert "linear_fp8" in names
+    dense = ["quant_fp8"] if device == "cpu" else []
+    assert found == [*dense, *stages]
+    assert ("linear_fp8" if device == "cpu" else "skinny_mms_fp8") in names
     for node in gm.graph.nodes:
         if "grouped_mm_fp8" in str(node.target):
             w = node.args[2].meta["val"]

@@ -343,8 +343,9 @@ def test_a_cpu_is_left_alone():
 def test_dynamic_batch():
     """Sizes that are not known are compared by their symbols."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
+    b = mode.from_tensor(torch.empty(5, 3)).shape[0]
+    assert isinstance(b, torch.SymInt)
     with mode, torch.no_grad():
-        b = mode.from_tensor(torch.empty(5, 3)).shape[0]
         like = {"device": "cuda", "dtype": torch.bfloat16}
         k, v = (torch.empty(b, G, S, D, **like) for _ in range(2))
         q = torch.empty(b, A, 1, D, **like)

@@ -305,8 +305,9 @@ def test_a_cpu_is_left_alone():
 
 def test_dynamic_batch():
     mode = FakeTensorMode(shape_env=ShapeEnv())
+    b = mode.from_tensor(torch.empty(5, 3)).shape[0]
+    assert isinstance(b, torch.SymInt)
     with mode, torch.no_grad():
-        b = mode.from_tensor(torch.empty(5, 3)).shape[0]
         like = {"device": "cuda", "dtype": BF16}
         q, k = (torch.empty(b, 1, n, D, **like) for n in (A, G))
         cos, sin = (torch.empty(n, 1, D, **like) for n in (b, b))

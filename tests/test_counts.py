@@ -35,9 +35,9 @@ class Counter:
         self.count, self.other = count, 2 * count
 
 
-def run(fn, *args, steps=5):
+def run(fn, *args, steps=5, mode=None):
     """`fn` some steps long, compiled and not: the same values, and the same counts."""
-    compiled = torch.compile(fn, backend="moe_compile", fullgraph=True)
+    compiled = torch.compile(fn, backend="moe_compile", fullgraph=True, mode=mode)
     mine, theirs = Counter(), Counter()
     with torch.no_grad():
         for _ in range(steps):
@@ -47,10 +47,11 @@ def run(fn, *args, steps=5):
 
 def positions(counter, x):
     start = max(counter.count - 7, 0)
-    ahead = torch.arange(4) + (20 - counter.count)
+    places = torch.arange(4, device=x.device)
+    ahead = places + (20 - counter.count)
     counter.count += 1
     counter.other = 3 * counter.other + counter.count
-    return torch.where(torch.arange(4) + start > counter.count - 6, ahead, x) - 2 * start
+    return torch.where(places + start > counter.count - 6, ahead, x) - 2 * start
 
 
 def test_counts_are_tensors(ints):
@@ -123,3 +124,20 @@ def test_decode_of_gpt_oss(ints):
             )
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
     assert ints == [[], [], [], []]
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_is_recorded_once(monkeypatch, device):
+    """One for all counts; the graph that knew the first of them ran once and is not recorded."""
+    from torch._inductor.cudagraph_trees import CUDAGraphNode
+
+    recorded, init = [], CUDAGraphNode.__init__
+
+    def counted(self, *args, **kwargs):
+        recorded.append(self)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(CUDAGraphNode, "__init__", counted)
+    torch._dynamo.reset()
+    run(positions, torch.arange(4, device=device), steps=12, mode="reduce-overhead")
+    assert len(recorded) == 1

@@ -1,11 +1,13 @@
 """Decode steps of a whole model on a GPU: moe_compile against Inductor, in one run.
 
-    python benchmarks/bench_decode.py [--layers 48] [--batch 1 16] [--variants ...] [--out results]
+    python benchmarks/bench_decode.py [--model qwen3] [--layers 48] [--batch 1 16] [--variants ...]
 
-The model is transformers' Qwen3MoeForCausalLM in the shape of Qwen3-30B-A3B with random bf16
-weights; prompt 512, static cache of 640. A step is one call of the compiled model, CUDA graphs
-included; its time is the wall clock of a run of steps over their number. The floor is the bytes
-that a step must read over the read rate measured in the same run.
+The model is one of transformers' in the shape of Qwen3-30B-A3B, or of DeepSeek-V3 or gpt-oss-120b
+cut to fit one GPU (_decode_models.py), with random bf16 weights; prompt 512, static cache of 640. A
+step is one call of the compiled model, CUDA graphs included; its time is the wall clock of a run of
+steps over their number. Runs are repeated over the same positions; `ms at new positions` is of the
+first one, where each position is new to the compiled model. The floor is the bytes that a step must
+read over the read rate measured in the same run, also by group of kernels.
 """
 
 import argparse
@@ -18,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import triton
+from _decode_models import MODELS, group_bytes, group_kernels, qwen3, random_model, table
 from _results import FOLDER, write
 from torch._dynamo.utils import counters
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import StaticCache
 
 import moe_compile
 
@@ -40,7 +42,8 @@ DEFAULT = ["inductor reduce-overhead grouped_mm", "moe_compile reduce-overhead"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--model", default="qwen3", choices=MODELS)
+    parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=VARIANTS)
     parser.add_argument("--prompt", type=int, default=512)
@@ -51,13 +54,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = build(options.layers, options.device)
+    layers = {} if options.layers is None else {"layers": options.layers}
+    model = random_model(MODELS[options.model](**layers), options.device)
+    options.layers = model.config.num_hidden_layers
+    stem = "" if options.model == "qwen3" else f"_{options.model}"
     rate = read_rate(options.device)
     print(f"{device_name(options.device)}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"read rate {rate / 1e12:.2f} TB/s", flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    groups: list[dict[str, Any]] = []
     for batch in options.batch:
-        floor = bytes_per_step(model, batch, options) / rate
         reference = None
         for name in (bar := tqdm(options.variants, disable=None)):
             bar.set_description(f"batch {batch}, {name}")
@@ -65,50 +71,41 @@ def main() -> None:
             torch._dynamo.reset()
             if "float8" in name:
                 model = moe_compile.quantize(model)
-                floor = bytes_per_step(model, batch, options) / rate
             model.set_experts_implementation(form)
             mode = mode if options.device == "cuda" else None
             compiled = torch.compile(model, backend=backend, mode=mode, fullgraph=True)
             row, tokens = measure(model, compiled, batch, options)
-            row = {"variant": name, **row}
+            kernels = row.pop("kernels")
             reference = tokens if reference is None else reference
-            row["tokens as first"] = f"{(tokens == reference).float().mean().item():.3f}"
-            row["floor ms"] = round(floor * 1e3, 3)
-            rows.append(row)
-            tqdm.write(str({k: v for k, v in row.items() if k != "kernels"}))
-            tqdm.write(row.pop("kernels"))
+            same = f"{(tokens == reference).float().mean().item():.3f}"
+            floor = bytes_per_step(model, batch, options) / rate
+            rows.append({"variant": name, **row})
+            rows[-1] |= {"tokens as first": same, "floor ms": round(floor * 1e3, 3)}
+            tqdm.write(f"{rows[-1]}\n{describe(kernels, options.layers)}")
+            write(rows, f"decode{stem}", options.out)
+            if kernels:
+                key = {"variant": name, "batch": batch}
+                mine = by_group(kernels, group_bytes(model, batch, options.cache), rate)
+                groups += [{**key, **group} for group in mine]
+                tqdm.write(table(mine))
+                write(groups, f"decode_groups{stem}", options.out)
             sys.stdout.flush()
-            write(rows, "decode", options.out)
 
 
 def build(layers: int, device: str, ranks: int = 1) -> torch.nn.Module:
-    """The model with random weights, made on the device: on the host it would take minutes.
-
-    ranks: of tensor parallelism, of which this is one, holding its heads and expert features.
-    """
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=2048, moe_intermediate_size=768 // ranks, num_experts=128,
-        num_experts_per_tok=8, num_hidden_layers=layers, num_attention_heads=32 // ranks,
-        num_key_value_heads=4 // ranks, head_dim=128, norm_topk_prob=True,
-        max_position_embeddings=4096,
-    )  # fmt: skip
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
+    """Qwen3-30B-A3B, or what a rank of tensor parallelism holds of it."""
+    return random_model(qwen3(layers, ranks), device)
 
 
 @torch.no_grad()
 def measure(
     model: torch.nn.Module, compiled: Callable[..., Any], batch: int, options: argparse.Namespace
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Decode greedily, time runs of steps, and count the kernels of one."""
+    """Decode greedily, time runs of steps, and list the kernels of one."""
     counters.clear()
     cache = StaticCache(config=model.config, max_cache_len=options.cache)
     generator = torch.Generator().manual_seed(2)
-    prompt = torch.randint(0, 151936, (batch, options.prompt), generator=generator)
+    prompt = torch.randint(0, model.config.vocab_size, (batch, options.prompt), generator=generator)
     model(prompt.to(options.device), past_key_values=cache, logits_to_keep=1)
     token = torch.full((batch, 1), 7, device=options.device)
     start = time.perf_counter()
@@ -123,59 +120,81 @@ def measure(
         tokens.append(token.clone())
     synchronize()
     cold = time.perf_counter() - start
-    times = []
-    for _ in range(options.rounds):
-        rewind(cache, options.prompt)
+
+    def ms_a_step(token: torch.Tensor) -> float:
         synchronize()
         start = time.perf_counter()
         for _ in range(options.steps):
             token = step(token)
         synchronize()
-        times.append((time.perf_counter() - start) / options.steps * 1e3)
-    rewind(cache, options.prompt)
+        return (time.perf_counter() - start) / options.steps * 1e3
+
+    new = ms_a_step(token)  # one run goes on, the others begin anew
+    times = []
+    for _ in range(options.rounds):
+        rewind(cache, options.prompt + 16)
+        times.append(ms_a_step(token))
+    rewind(cache, options.prompt + 16)
     row = {
         "batch": batch,
         "ms": round(statistics.median(times), 3),
         "ms low": round(min(times), 3),
         "ms high": round(max(times), 3),
+        "ms at new positions": round(new, 3),
         "cudagraph skips": counters["inductor"]["cudagraph_skips"],
         "seconds to first steps": round(cold, 1),
-        "kernels": profile(lambda: step(token), options.layers) if options.device == "cuda" else "",
+        "kernels": kernels_of(lambda: step(token)) if options.device == "cuda" else [],
     }
     return row, torch.cat(tokens, 1)
 
 
-def profile(step: object, layers: int, most: int = 14) -> str:
-    """Which kernels one step runs: count and microseconds by name, the largest first."""
+Kernels = list[tuple[str, float]]  # names and microseconds, in the order in which they ran
+
+
+def kernels_of(step: Callable[[], Any]) -> Kernels:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    return [(event.name, event.device_time) for event in events]
+
+
+def describe(kernels: Kernels, layers: int, most: int = 14) -> str:
+    """Count and microseconds by name, the largest first."""
     spent: Counter[str] = Counter()
-    count: Counter[str] = Counter()
-    for event in profiler.events():
-        spent[event.name] += event.device_time
-        count[event.name] += 1
-    total = f"{sum(count.values())} kernels ({sum(count.values()) / layers:.1f} a layer)"
+    for name, us in kernels:
+        spent[name] += us
+    count = Counter(name for name, _ in kernels)
+    total = f"{len(kernels)} kernels ({len(kernels) / layers:.1f} a layer)"
     lines = [f"  {total}, {sum(spent.values()):.0f} us"]
     lines += [f"  {us:8.0f} us {count[k]:5d}x {k[:100]}" for k, us in spent.most_common(most)]
     return "\n".join(lines)
 
 
+def by_group(kernels: Kernels, read: Counter[str], rate: float) -> list[dict[str, Any]]:
+    """Kernels and microseconds of each group of a step, and what reading its bytes takes."""
+    return [
+        {
+            "group": group,
+            "kernels": count,
+            "us": round(us, 1),
+            "MB": round(read[group] / 1e6, 2),
+            "floor us": round(read[group] / rate * 1e6, 1),
+        }
+        for group, (count, us) in group_kernels(kernels).items()
+    ]
+
+
 def rewind(cache: StaticCache, position: int) -> None:
     for layer in cache.layers:
         layer.cumulative_length.fill_(position)
+        if hasattr(layer, "cumulative_length_int"):  # of a window
+            layer.cumulative_length_int = position
 
 
 def bytes_per_step(model: torch.nn.Module, batch: int, options: argparse.Namespace) -> float:
     """Keys, and weights once: of the experts those that uniform routing is expected to touch."""
-    config = model.config
-    touched = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        if "embed_tokens" not in name:
-            total += parameter.nbytes * (touched if ".experts." in name else 1)
-    keys = config.num_key_value_heads * config.head_dim * 2 * 2  # key and value, bf16
-    return total + batch * options.layers * options.cache * keys
+    return float(sum(group_bytes(model, batch, options.cache).values()))
 
 
 def read_rate(device: str) -> float:

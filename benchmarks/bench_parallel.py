@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _results import FOLDER, write
-from bench_decode import build, bytes_per_step, measure, read_rate
+from bench_decode import build, bytes_per_step, describe, measure, read_rate
 from torch._inductor import config as inductor_config
 
 from moe_compile._symmetric_memory import times
@@ -69,7 +69,7 @@ def main() -> None:
             row["floor ms"] = round(bytes_per_step(model, batch, options) / rate * 1e3, 3)
             check_ranks_agree(tokens)
             if is_first:
-                kernels = row.pop("kernels")
+                kernels = describe(row.pop("kernels"), options.layers)
                 rows.append({**row, "ranks": dist.get_world_size(), "fused up to rows": most})
                 print(rows[-1], kernels, sep="\n")
                 sys.stdout.flush()

@@ -90,6 +90,20 @@ def decode(rows: Rows) -> str:
     return f"{about(rows)}.\n\n{_table(titles, body, 2)}"
 
 
+def decode_groups(rows: Rows) -> str:
+    """Kernels and microseconds of each group of a step beside what its bytes take, by variant."""
+    variants = list(dict.fromkeys(r["variant"] for r in rows))
+    found = {(r["batch"], r["group"], r["variant"]): r for r in rows}
+    body = []
+    for batch, group in dict.fromkeys((r["batch"], r["group"]) for r in rows):
+        cells = [found.get((batch, group, variant)) for variant in variants]
+        times = [f"{float(c['us']):.0f} ({c['kernels']})" if c else "-" for c in cells]
+        floor = next(float(c["floor us"]) for c in reversed(cells) if c)
+        body.append((batch, group, *times, f"{floor:.0f}"))
+    titles = ("batch", "group", *(f"{variant}, us (kernels)" for variant in variants), "floor us")
+    return f"{about(rows)}.\n\n{_table(titles, body, 2)}"
+
+
 def activation_quant(rows: Rows) -> str:
     """Microseconds of each way beside the roof's."""
     peers = list(dict.fromkeys(r["peer"] for r in rows))
@@ -109,6 +123,11 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {  # name: kind of CSV, w
     "prefill": ("layer", prefill),
     "skewed": ("layer", skewed),
     "decode": ("decode", decode),
+    "decode_deepseek_v3": ("decode_deepseek_v3", decode),
+    "decode_gpt_oss": ("decode_gpt_oss", decode),
+    "decode_groups": ("decode_groups", decode_groups),
+    "decode_groups_deepseek_v3": ("decode_groups_deepseek_v3", decode_groups),
+    "decode_groups_gpt_oss": ("decode_groups_gpt_oss", decode_groups),
     "activation_quant": ("activation_quant", activation_quant),
 }
 

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+from moe_compile._counts import take_counts
 from moe_compile._facts import facts_of, place_inputs, ranks_key
 from moe_compile.capture import normalize
 from moe_compile.constants import LiveGraph
@@ -35,10 +36,12 @@ def moe_compile(
     def inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
         normalize(gm, example_inputs, how)
         place_inputs(gm, facts)
+        example_inputs = list(example_inputs)
+        as_called = take_counts(gm, example_inputs, how)
         pipeline(gm)
         constants = constants_of(gm.graph)
         if not constants:
-            return compile_fx_inner(gm, example_inputs, **how)
+            return as_called(compile_fx_inner(gm, example_inputs, **how))
         # The last inputs, and static: their addresses stay, so CUDA graphs need not copy them.
         count = len(example_inputs)
         how["static_input_idxs"] = [
@@ -47,7 +50,7 @@ def moe_compile(
         ]
         values = [constant.val for constant in constants]
         compiled = compile_fx_inner(gm, [*example_inputs, *values], **how)
-        return LiveGraph(compiled, constants)
+        return as_called(LiveGraph(compiled, constants))
 
     compiled: Any = compile_fx(
         gm,

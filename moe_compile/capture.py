@@ -12,6 +12,7 @@ from torch._inductor.compile_fx import compile_fx, fake_tensor_prop
 from torch._inductor.fx_passes.post_grad import reorder_for_locality, view_to_reshape
 from torch._inductor.virtualized import V
 
+from moe_compile._counts import take_counts
 from moe_compile._facts import facts_of, place_inputs
 from moe_compile.passes._graph import clean, mark_parameter
 from moe_compile.pipeline import cache_key
@@ -74,6 +75,7 @@ def visit_graphs(
         def stop(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
             normalize(gm, example_inputs, how)
             place_inputs(gm, facts)
+            take_counts(gm, list(example_inputs), how)
             look(gm)
             raise _Stop
 

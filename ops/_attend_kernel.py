@@ -45,6 +45,12 @@ def _is_open(mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _sink(sink, OF_E: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In the unit of scores, which is that of `_power`."""
+    return sink.to(tl.float32) * (1.0 if OF_E else LOG2_E)
+
+
+@triton.jit
 def _power(y, OF_E: tl.constexpr):  # type: ignore[no-untyped-def]
     """e ** y, or 2 ** y, for y up to 0.
 
@@ -60,13 +66,14 @@ def _power(y, OF_E: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 # What changes with the batch or the cache is not specialised on: it would compile again.
-@triton.jit(do_not_specialize=["S", "splits", "blocks", "num_rows", "stride_l"])
+@triton.jit(do_not_specialize=["S", "splits", "blocks", "num_rows", "stride_l", "stride_sink"])
 def _attend_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
     v_ptr,
     mask_ptr,
     last_ptr,
+    sinks_ptr,
     out_ptr,
     sums_ptr,
     S,
@@ -88,12 +95,14 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     stride_ma,
     stride_mq,
     stride_l,
+    stride_sink,
     REPEATS: tl.constexpr,
     Q: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_LAST: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SCAN: tl.constexpr,
     ONE_STEP: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -188,18 +197,31 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         tl.store(highest_ptr + place, highest, mask=is_row)
         tl.store(highest_ptr + num_rows.to(tl.int64) * splits + place, total, mask=is_row)
     else:
+        if HAS_SINKS:
+            sinks_ptr += batch * stride_sink
+            sink = _sink(tl.load(sinks_ptr + head, mask=is_row, other=0.0), OF_E)
+            base = tl.maximum(highest, sink)
+            base = tl.where(base == float("-inf"), 0.0, base)
+            rest = _power(highest - base, OF_E)
+            total = total * rest + _power(sink - base, OF_E)
+            acc *= rest[:, None]
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # NaN stays NaN
         acc = rounded(acc, out_ptr.dtype.element_ty, True, UPCAST)
         out_ptrs = out_ptr + row_of_all[:, None] * F + f[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_stored)
 
 
-@triton.jit(do_not_specialize=["splits", "num_rows"])
+@triton.jit(do_not_specialize=["splits", "num_rows", "stride_sink"])
 def _put_together_kernel(  # type: ignore[no-untyped-def]
     sums_ptr,
+    sinks_ptr,
     out_ptr,
     splits,
     num_rows,
+    stride_sink,
+    A: tl.constexpr,
+    Q: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     F: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -218,10 +240,16 @@ def _put_together_kernel(  # type: ignore[no-untyped-def]
     parts = tl.load(ptrs, mask=is_split[:, None] & (f < F)[None, :], other=0.0)
     highest = tl.load(highest_ptr + split, mask=is_split, other=float("-inf"))
     totals = tl.load(total_ptr + split, mask=is_split, other=0.0)
+    OF_E: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     base = tl.max(highest, 0)
+    if HAS_SINKS:
+        sink = _sink(tl.load(sinks_ptr + row // (Q * A) * stride_sink + row % A), OF_E)
+        base = tl.maximum(base, sink)
     base = tl.where(base == float("-inf"), 0.0, base)  # all closed
-    weights = _power(highest - base, out_ptr.dtype.element_ty == tl.float32)
+    weights = _power(highest - base, OF_E)
     total = tl.sum(weights * totals, 0)
+    if HAS_SINKS:
+        total += _power(sink - base, OF_E)
     out = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
     out = rounded(out, out_ptr.dtype.element_ty, True, INTERPRETED)
     tl.store(out_ptr + row * F + f, out.to(out_ptr.dtype.element_ty), mask=f < F)
@@ -262,6 +290,7 @@ def launch(
     v: Tensor,
     mask_BAQS: Tensor | None,
     last: Tensor | None,
+    sinks_BA: Tensor | None,
     out_BAQF: Tensor,
     scale: float,
     blocks: Blocks | None = None,
@@ -281,6 +310,7 @@ def launch(
         choose_blocks,
         *(B * G, rows, S, D + F, q.dtype),
     )
+    sinks, stride_sink = (q, 0) if sinks_BA is None else (sinks_BA, sinks_BA.stride(0))
     sums = out_BAQF
     if how.splits > 1:
         sums = q.new_empty(num_rows * how.splits * (F + 2), dtype=torch.float32)
@@ -291,6 +321,7 @@ def launch(
         v,
         mask,
         q if last is None else last,
+        sinks,
         out_BAQF,
         sums,
         S,
@@ -304,12 +335,14 @@ def launch(
         *v.stride()[:3],
         *mask.stride()[:3],
         0 if last is None or last.shape[0] == 1 else last.stride(0),
+        stride_sink,
         REPEATS=A // G,
         Q=Q,
         D=D,
         F=F,
         HAS_MASK=mask_BAQS is not None,
         HAS_LAST=last is not None,
+        HAS_SINKS=sinks_BA is not None,
         SCAN=mask_BAQS is not None and is_shared and num_blocks > how.splits,
         ONE_STEP=num_blocks <= how.splits,
         SPLIT=how.splits > 1,
@@ -330,9 +363,14 @@ def launch(
         BLOCK_F = min(max(32, 1024 // BLOCK_P), 128, triton.next_power_of_2(F))
         _put_together_kernel[(num_rows, triton.cdiv(F, BLOCK_F))](
             sums,
+            sinks,
             out_BAQF,
             how.splits,
             num_rows,
+            stride_sink,
+            A=A,
+            Q=Q,
+            HAS_SINKS=sinks_BA is not None,
             F=F,
             INTERPRETED=not q.is_cuda,
             BLOCK_P=BLOCK_P,

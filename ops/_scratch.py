@@ -72,7 +72,7 @@ def attend(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
         mask = torch.full(shape, mask_dtype == torch.bool, dtype=mask_dtype, device=device)
 
     def call(k: Tensor, v: Tensor) -> Call:
-        return lambda blocks: attend_triton(q, k, v, mask, None, last, blocks)
+        return lambda blocks: attend_triton(q, k, v, mask, last=last, blocks=blocks)
 
     return [call(*one) for one in zip(k, v, strict=True)]
 

@@ -4,25 +4,27 @@ out[b, h, i] = sum over s of w[s] * v[b, g, s], with w the softmax over s of
 scale * q[b, h, i] . k[b, g, s] + mask[b, h, i, s], and g = h // (A / G): neighbouring query heads
 share a key head.
 A bool mask says where to attend, a float one is added. Instead of a mask, last says up to which
-position of each sequence to attend, that one included; negative, to none. A query that may attend
-to nothing gives zeros. Keys and values that are closed (False, -inf, beyond last) to all queries of
-their head are not read, so that what a cache holds beyond its end costs nothing and reaches
-nothing.
+position of each sequence to attend, that one included; negative, to none. With sinks the softmax
+goes over one score more, the sink of the query's head, whose weight is dropped. A query that may
+attend to nothing gives zeros. Keys and values that are closed (False, -inf, beyond last) to all
+queries of their head are not read, so that what a cache holds beyond its end costs nothing and
+reaches nothing.
 
 Letters: B batch, A query heads, G key heads (A a multiple of G), Q queries, S positions, D features
     of queries and keys, F features of values.
 Shapes: q [B, A, Q, D], k [B, G, S, D], v [B, G, S, F], mask [B or 1, A or 1, Q or 1, S] or
-    last [B or 1] -> [B, A, Q, F], stored as [B, Q, A, F], which is the order that a model goes on
-    with. Q up to MOST_QUERIES, D and F up to MOST_FEATURES; B and S may be 0. scale is 1 / sqrt(D)
-    by default.
+    last [B or 1], sinks [B or 1, A] -> [B, A, Q, F], stored as [B, Q, A, F], which is the order
+    that a model goes on with. Q up to MOST_QUERIES, D and F up to MOST_FEATURES; B and S may be 0.
+    scale is 1 / sqrt(D) by default.
 Dtypes: q, k and v float32, float16 or bfloat16, all the same, also returned; mask bool or one of
-    these, of its own; last int64 or int32. Softmax and sums in float32; as factors of v the weights
-    have v's dtype.
+    these, of its own; sinks one of these, of their own; last int64 or int32. Softmax and sums in
+    float32; as factors of v the weights have v's dtype.
 Errors: ValueError for other ranks, dtypes or shapes, for a mask and last together, or tensors on
     several devices.
 Source: Flash-Decoding, Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html:
     positions are split over programs, and their results put together by their softmax' sums; the
-    softmax as it goes of FlashAttention, Dao et al. 2022, arXiv:2205.14135.
+    softmax as it goes of FlashAttention, Dao et al. 2022, arXiv:2205.14135. Sinks are those of
+    gpt-oss, OpenAI 2025, arXiv:2508.10925.
 """
 
 import math
@@ -45,6 +47,7 @@ def attend_reference(
     mask: Tensor | None = None,
     scale: float | None = None,
     last: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """What `attend` means, in plain PyTorch and in the dtype it is given."""
     (B, A, Q, D), (G, S) = q_BAQD.shape, k_BGSD.shape[1:3]
@@ -60,7 +63,11 @@ def attend_reference(
     scores = q_BAQD @ k_BASD.mT * (D**-0.5 if scale is None else scale)
     if mask.dtype != torch.bool:
         scores = scores + mask_BAQS.to(scores.dtype)
-    weights = scores.masked_fill(~is_open, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~is_open, -math.inf)
+    if sinks is not None:
+        sinks_BAQ1 = sinks.to(scores.dtype)[..., None, None].expand(B, A, Q, 1)
+        scores = torch.cat([scores, sinks_BAQ1], -1)
+    weights = scores.softmax(-1)[..., :S]
     return torch.where(is_open, weights, 0) @ v_BASF
 
 
@@ -71,10 +78,11 @@ def attend_triton(
     mask: Tensor | None = None,
     scale: float | None = None,
     last: Tensor | None = None,
+    sinks: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """Launch the kernels: a program for each key head and split, then one for each row of out."""
-    _check(q_BAQD, k_BGSD, v_BGSF, mask, last)
+    _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks)
     (B, A, Q, D), S = q_BAQD.shape, k_BGSD.shape[2]
     out_BAQF = _empty(q_BAQD, v_BGSF)
     if out_BAQF.numel() == 0 or S == 0:
@@ -82,7 +90,8 @@ def attend_triton(
     q, k, v = map(_with_unit_stride, (q_BAQD, k_BGSD, v_BGSF))
     mask_BAQS = None if mask is None else _with_unit_stride(mask).expand(B, A, Q, S)
     scale = D**-0.5 if scale is None else scale
-    launch(q, k, v, mask_BAQS, last, out_BAQF, scale, blocks)
+    sinks = None if sinks is None else _with_unit_stride(sinks).expand(B, A)
+    launch(q, k, v, mask_BAQS, last, sinks, out_BAQF, scale, blocks)
     return out_BAQF
 
 
@@ -97,7 +106,12 @@ def _empty(q_BAQD: Tensor, v_BGSF: Tensor) -> Tensor:
 
 
 def _check(
-    q_BAQD: Tensor, k_BGSD: Tensor, v_BGSF: Tensor, mask: Tensor | None, last: Tensor | None
+    q_BAQD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSF: Tensor,
+    mask: Tensor | None,
+    last: Tensor | None,
+    sinks: Tensor | None,
 ) -> None:
     op = "attend"
     check_dims(op, "q", q_BAQD, "[B, A, Q, D]")
@@ -106,7 +120,7 @@ def _check(
     check_float(op, "q", q_BAQD)
     for name, x in ("k", k_BGSD), ("v", v_BGSF):
         check(x.dtype == q_BAQD.dtype, op, f"{name} in q's dtype {q_BAQD.dtype}", x.dtype)
-    check_same_device(op, q=q_BAQD, k=k_BGSD, v=v_BGSF, mask=mask, last=last)
+    check_same_device(op, q=q_BAQD, k=k_BGSD, v=v_BGSF, mask=mask, last=last, sinks=sinks)
     (B, A, Q, D), (G, S, F) = q_BAQD.shape, v_BGSF.shape[1:]
     check(Q <= MOST_QUERIES, op, f"up to {MOST_QUERIES} queries", Q)
     for features in (D, F):
@@ -121,6 +135,11 @@ def _check(
         check_dims(op, "last", last, "[B or 1]")
         check(last.dtype in (torch.int64, torch.int32), op, "last in int64 or int32", last.dtype)
         check(last.shape[0] in (1, B), op, f"last [{B} or 1]", last.shape)
+    if sinks is not None:
+        check_dims(op, "sinks", sinks, "[B or 1, A]")
+        check_float(op, "sinks", sinks)
+        fits = sinks.shape[0] in (1, B) and sinks.shape[1] == A
+        check(fits, op, f"sinks [{B} or 1, {A}]", sinks.shape)
 
 
 def _check_mask(op: str, mask: Tensor, shape: tuple[int, int, int, int]) -> None:
@@ -139,8 +158,9 @@ def _fake(
     mask: Tensor | None = None,
     scale: float | None = None,
     last: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    _check(q_BAQD, k_BGSD, v_BGSF, mask, last)
+    _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks)
     return _empty(q_BAQD, v_BGSF)
 
 
@@ -151,15 +171,16 @@ def _cpu(
     mask: Tensor | None = None,
     scale: float | None = None,
     last: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    _check(q_BAQD, k_BGSD, v_BGSF, mask, last)
+    _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks)
     q, k, v = q_BAQD.float(), k_BGSD.float(), v_BGSF.float()
-    return _empty(q_BAQD, v_BGSF).copy_(attend_reference(q, k, v, mask, scale, last))
+    return _empty(q_BAQD, v_BGSF).copy_(attend_reference(q, k, v, mask, scale, last, sinks))
 
 
 attend = define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask=None, float? scale=None, Tensor? last=None)"
-    " -> Tensor",
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask=None, float? scale=None, Tensor? last=None,"
+    " Tensor? sinks=None) -> Tensor",
     cpu=_cpu,
     cuda=attend_triton,
     fake=_fake,

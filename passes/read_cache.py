@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx
 from moe_compile.ops import moe
 from moe_compile.ops._check import FLOATS
 from moe_compile.ops.attend import MOST_FEATURES
+from moe_compile.passes._eager_attention import closing, parse_eager
 from moe_compile.passes._graph import (
     CASTS,
     COPIES,
@@ -80,40 +82,61 @@ def read_cache(graph: fx.Graph) -> Outcome:
     On an H200 that and cuDNN's attention take 20 us a layer of Qwen3-30B-A3B (one sequence, 640
     positions), of which reading the cache is 0.3 us.
 
+    Attention that a model wrote out, as products and a softmax, becomes the same, and the column of
+    sinks that gpt-oss adds to its scores becomes `sinks`.
+
     Left alone: other devices, more queries than one or a number of them that is not known, causal
     masks (which kernels align differently), dropout, other outputs that are read, heads of more
     than MOST_FEATURES features.
-    Numerics: the same softmax in float32, its sums in another order. A query that may attend to
-    nothing gives zeros, where cuDNN, for which torch writes a bool mask as finite numbers,
-    attends to all positions.
+    Numerics: the same softmax in float32, its sums in another order; what a model wrote out and
+    rounded in between is not. A query that may attend to
+    nothing gives zeros, where cuDNN, for which torch writes a bool mask as finite numbers, attends to
+    all positions, and so does a model that adds such numbers.
     """  # noqa: E501
     outcome = Outcome()
     for target in _ATTENTIONS:
         for node in graph.find_nodes(op="call_function", target=target):
             query = val(args(node)[0])
-            if query.device.type != "cuda" or query.ndim != 4 or not same(query.shape[2], 1):
-                continue
-            try:
-                new = _attend(graph, node)
-            except Declined as reason:
-                outcome.decline(node, str(reason))
-                continue
-            (_, A, _, _), (_, G, S, _) = query.shape, val(args(new)[1]).shape
-            outcome.rewrote(node, f"one query over {S} positions, {A} heads over {G}: attend")
-            _replace(graph, node, new)
+            if query.device.type == "cuda" and query.ndim == 4 and same(query.shape[2], 1):
+                _try(outcome, graph, node, _of_kernel)
+    for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        if val(node).device.type == "cuda" and same(val(node).shape[1], 1):
+            _try(outcome, graph, node, _of_products)
     return outcome
 
 
-def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
-    for user in list(node.users):
-        if user.args[1] == 0:
-            user.replace_all_uses_with(new)
-        graph.erase_node(user)
-    graph.erase_node(node)  # dead code elimination takes it for random, and keeps it
+def _try(outcome: Outcome, graph: fx.Graph, node: fx.Node, make: Callable[..., Any]) -> None:
+    try:
+        new = make(graph, node)
+    except Declined as reason:
+        outcome.decline(node, str(reason))
+        return
+    if new is not None:
+        (_, A, _, _), (_, G, S, _) = val(new).shape, val(args(new)[1]).shape
+        outcome.rewrote(new, f"one query over {S} positions, {A} heads over {G}: attend")
 
 
-def _attend(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """`attend` in the place of an attention, or why not."""
+def _of_products(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """`attend` in the place of an attention that a model wrote out, if `node` ends one."""
+    found = parse_eager(node)
+    if found is None:
+        return None
+    most = -math.inf if found.mask is None else closing(found.mask)
+    with graph.inserting_before(node):
+        more: dict[str, Any] = {"scale": found.scale}
+        if found.sinks is not None:
+            shape = [val(found.sinks).shape[0], -1]
+            more["sinks"] = call(graph, aten.reshape.default, found.sinks, shape, like=node)
+        query, keys, values = found.query, found.keys, found.values
+        new = _attend(graph, node, query, keys, values, found.mask, most, **more)
+        shape = list(val(node).shape)
+        node.replace_all_uses_with(call(graph, aten.reshape.default, new, shape, like=node))
+    graph.erase_node(node)
+    return new
+
+
+def _of_kernel(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """`attend` in the place of one of torch's attentions."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     given = {**dict(zip(names, args(node), strict=False)), **node.kwargs}
     if given.get("dropout_p") or given.get("dropout_mask") is not None:
@@ -122,22 +145,46 @@ def _attend(graph: fx.Graph, node: fx.Node) -> fx.Node:
         raise Declined("a causal mask")
     if any(not is_call(u, operator.getitem) or (u.args[1] != 0 and u.users) for u in node.users):
         raise Declined("another output than the attention's is read")
-    query, keys, values = args(node)[:3]
+    mask = given.get("attn_bias", given.get("attn_mask"))
+    more: dict[str, Any] = {} if given.get("scale") is None else {"scale": given["scale"]}
+    most = _CLOSED_TO_CUDNN if node.target == _CUDNN else -math.inf
+    with graph.inserting_before(node):
+        query, keys, values = args(node)[:3]
+        new = _attend(graph, node, query, keys, values, mask, most, **more)
+    for user in list(node.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(new)
+        graph.erase_node(user)
+    graph.erase_node(node)  # dead code elimination takes it for random, and keeps it
+    return new
+
+
+def _attend(
+    graph: fx.Graph,
+    node: fx.Node,
+    query: fx.Node,
+    keys: fx.Node,
+    values: fx.Node,
+    mask: Any,
+    most: float,
+    **more: Any,
+) -> fx.Node:
+    """`attend` where the graph inserts, like `node`, or why not.
+
+    most: what the mask adds where it is closed, at the most.
+    """
     if not val(keys).ndim == val(values).ndim == 4:
         raise Declined("keys and values that broadcast")
     keys, values = _not_repeated(keys, values)
     _fit(query, keys, values)
-    mask = given.get("attn_bias", given.get("attn_mask"))
-    scale: dict[str, Any] = {} if given.get("scale") is None else {"scale": given["scale"]}
-    with graph.inserting_before(node):
-        mask = None if mask is None else _mask(graph, node, mask)
-        last = _last(mask, query, keys)
-        if last is not None:
-            if val(last).ndim != 1:
-                last = call(graph, aten.reshape.default, last, [-1], like=node)
-            scale["last"] = last
-        masks = [] if mask is None or last is not None else [mask]
-        return call(graph, moe.attend.default, query, keys, values, *masks, like=node, **scale)
+    mask = None if mask is None else _mask(graph, node, mask, most, (query, keys))
+    last = _last(mask, query, keys)
+    if last is not None:
+        if val(last).ndim != 1:
+            last = call(graph, aten.reshape.default, last, [-1], like=node)
+        more["last"] = last
+    masks = [] if mask is None or last is not None else [mask]
+    return call(graph, moe.attend.default, query, keys, values, *masks, like=node, **more)
 
 
 def _fit(query: fx.Node, keys: fx.Node, values: fx.Node) -> None:
@@ -179,18 +226,18 @@ def _before_repetition(x: fx.Node) -> Any:
     return source if same_shape(source, (B, G, S, D)) else None
 
 
-def _mask(graph: fx.Graph, node: fx.Node, mask: Any) -> Any:
+def _mask(graph: fx.Graph, node: fx.Node, mask: Any, most: float, of: tuple[Any, Any]) -> Any:
     """The mask as it was before torch expanded, padded or wrote it as numbers to be added."""
     mask = _not_expanded(mask)
     written = strip(mask, *CASTS)
     if is_call(written, aten.where.self):
         condition, yes, no = args(written)
-        if constant(yes) == 0 and _closes(no, node):
+        if constant(yes) == 0 and _closes(no, most):
             mask = _not_expanded(condition)
-        elif constant(no) == 0 and _closes(yes, node):
+        elif constant(no) == 0 and _closes(yes, most):
             mask = call(graph, aten.logical_not.default, _not_expanded(condition), like=node)
-    B, A, Q, _ = val(args(node)[0]).shape
-    shape, positions = val(mask).shape, val(args(node)[1]).shape[2]
+    (B, A, Q, _), positions = val(of[0]).shape, val(of[1]).shape[2]
+    shape = val(mask).shape
     fits = len(shape) == 4 and same(shape[3], positions)
     if not fits or not all(
         same(n, 1) or same(n, m) for n, m in zip(shape, (B, A, Q), strict=False)
@@ -224,10 +271,9 @@ def _last(mask: Any, query: fx.Node, keys: fx.Node) -> Any:
     return last if fits and is_whole and val(last).device == val(query).device else None
 
 
-def _closes(number: Any, node: fx.Node) -> bool:
-    """Is this what torch adds to the scores of this attention where a bool mask is False?"""
+def _closes(number: Any, most: float) -> bool:
+    """Is this what is added to the scores of an attention where a bool mask is False?"""
     value = constant(number)
-    most = _CLOSED_TO_CUDNN if node.target == _CUDNN else -math.inf
     return isinstance(value, (int, float)) and value <= most
 
 

@@ -115,6 +115,34 @@ def test_what_lies_beyond_last_is_not_read(blocks, dtype, device):
         assert_close(out, attend_reference, q, k, v, last=ends)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 2, 1, 40), (2, 4, 2, 2, 40)], ids=str)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_sinks(fn, shape, dtype, device):
+    """Far below all scores, among them, above them; of all sequences or of each."""
+    args, (B, A) = inputs(*shape, 16, 32, device, dtype), shape[:2]
+    sinks = torch.tensor([-torch.inf, -30.0, 0.0, 1.0, 2.0, 30.0, -1.0, 3.0], device=device)[:A]
+    last = torch.arange(B, device=device) * 30 - 1  # the first sequence has nothing but its sink
+    of_each = torch.stack([sinks.roll(b) for b in range(B)]).to(dtype)
+    for kwargs in {"sinks": sinks[None]}, {"sinks": of_each, "last": last}:
+        assert_close(fn(*args, **kwargs), attend_reference, *args, **kwargs)
+        if fn is attend_triton:
+            for splits in 1, 2:
+                how = Blocks(16, 32, splits, 4, 2)
+                assert_close(fn(*args, **kwargs, blocks=how), attend_reference, *args, **kwargs)
+
+
+def test_a_sink_is_one_more_score(device):
+    """Of a position whose value is 0 and whose product with the query is the sink."""
+    q, k, v = inputs(1, 2, 1, 1, 20, 16, 16, device, torch.float64)
+    sinks = torch.tensor([[0.5, 2.0]], device=device, dtype=torch.float64)
+    q[..., 0], k[..., 0] = sinks[..., None], 0.0
+    first = torch.nn.functional.one_hot(torch.tensor(0), 16).to(k)
+    longer = torch.cat([k, first.expand(1, 1, 1, 16)], 2), torch.cat([v, 0 * v[:, :, :1]], 2)
+    out = attend_reference(q, k, v, scale=1.0, sinks=sinks)
+    torch.testing.assert_close(out, attend_reference(q, *longer, scale=1.0))
+
+
 def test_last_that_is_a_slice(device):
     args = inputs(3, 4, 2, 1, 40, 16, 16, device)
     last = torch.tensor([[3, 0], [39, 0], [17, 0]], device=device)[:, 0]
@@ -161,7 +189,8 @@ def test_opcheck(shape, mask, device):
     torch.library.opcheck(attend, (*inputs(*shape, device), mask, 0.5))
     if mask is None:
         last = torch.tensor([3, 60], device=device)
-        torch.library.opcheck(attend, inputs(*shape, device), {"last": last})
+        sinks = torch.randn(1, 4, device=device)
+        torch.library.opcheck(attend, inputs(*shape, device), {"last": last, "sinks": sinks})
 
 
 REAL = [  # B, A, G, Q, S, D, F
@@ -186,6 +215,10 @@ def test_real_sizes(shape, dtype, device):
         assert_close(attend(*args, m), attend_reference, *args, m)
     last = length.reshape(B) - 1
     assert_close(attend(*args, last=last), attend_reference, *args, last=last)
+    sinks = torch.randn(1, shape[1], device=device).to(dtype)
+    for m in mask, None:
+        how = {"mask": m, "last": last if m is None else None, "sinks": sinks}
+        assert_close(attend(*args, **how), attend_reference, *args, **how)
 
 
 @pytest.mark.gpu
@@ -214,7 +247,8 @@ def test_in_a_cuda_graph(device):
 
 def wrong(**changes):
     q, k, v = inputs(2, 4, 2, 1, 10, 16, 8, "cpu")
-    return {"q": q, "k": k, "v": v, "mask": None, "scale": None, "last": None, **changes}
+    none = dict.fromkeys(("mask", "scale", "last", "sinks"))
+    return {"q": q, "k": k, "v": v, **none, **changes}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +277,9 @@ def wrong(**changes):
             wrong(last=torch.ones(2).int(), mask=torch.ones(1, 1, 1, 10)),
             "a mask or last, not both, got both",
         ),
+        (wrong(sinks=torch.ones(4)), r"sinks \[B or 1, A\], got \[4\]"),
+        (wrong(sinks=torch.ones(1, 2)), r"sinks \[2 or 1, 4\], got \[1, 2\]"),
+        (wrong(sinks=torch.ones(1, 4).int()), "sinks in float32, .*, got torch.int32"),
         (wrong(last=torch.ones(2, device="meta").int()), "all tensors on one device, got"),
         (wrong(mask=torch.ones(1, 1, 1, 10, device="meta")), "all tensors on one device, got"),
     ],

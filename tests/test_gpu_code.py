@@ -93,9 +93,12 @@ GATE_UP_FP8 = {
 }
 
 ATTEND = {
-    **{name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")},
+    **{name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "sinks_ptr", "out_ptr")},
     **{"mask_ptr": "*i1", "last_ptr": "*i64", "sums_ptr": "*fp32", "scale": "fp32"},
-    **{name: "i32" for name in ("S", "splits", "blocks", "num_rows", "G", "stride_l")},
+    **{
+        name: "i32"
+        for name in ("S", "splits", "blocks", "num_rows", "G", "stride_l", "stride_sink")
+    },
     **{f"stride_{x}{dim}": "i32" for x, dim in product("qkvm", "bagsq")},
 }
 ROTATE = {
@@ -125,10 +128,16 @@ def heads(repeats, d, f, rows, positions, stages, **constants):
     shape = {"REPEATS": repeats, "Q": 1, "D": d, "F": f, "BLOCK_M": 1}
     block = {"BLOCK_R": rows, "BLOCK_S": positions, "BLOCK_D": 128, "BLOCK_F": 128}
     flags = {"HAS_MASK": True, "HAS_LAST": False, "SCAN": True, "ONE_STEP": False, "SPLIT": True}
-    return {**shape, **block, **flags, "UPCAST": False, "STAGES": stages, **constants}
+    off = {"HAS_SINKS": False, "UPCAST": False}
+    return {**shape, **block, **flags, **off, "STAGES": stages, **constants}
 
 
 LAST = {"HAS_MASK": False, "HAS_LAST": True, "SCAN": False}  # instead of a mask
+
+
+def put_together(splits, **constants):
+    shape = {"A": 32, "Q": 1, "F": 128, "BLOCK_P": splits, "BLOCK_F": 32}
+    return {**shape, "HAS_SINKS": False, "INTERPRETED": False, **constants}
 
 
 def turned(d, r, **constants):
@@ -411,6 +420,12 @@ KERNELS = {  # module, kernel, types, constants, warps
         4,
     ),
     "attend to a long cache": ("attend", ATTEND, heads(8, 80, 96, 16, 64, 3, SPLIT=False), 4),
+    "attend of gpt-oss": (
+        "attend",
+        ATTEND,
+        heads(8, 64, 64, 16, 64, 3, SPLIT=False, HAS_SINKS=True, BLOCK_D=64, BLOCK_F=64),
+        4,
+    ),
     "attend of DeepSeek": ("attend", ATTEND, heads(1, 192, 128, 16, 64, 2, BLOCK_D=256), 4),
     "attend with many rows, a mask for each": (
         "attend",
@@ -427,7 +442,7 @@ KERNELS = {  # module, kernel, types, constants, warps
     "put_together": (
         "attend",
         ATTEND,
-        {"F": 128, "INTERPRETED": False, "BLOCK_P": 128, "BLOCK_F": 32},
+        put_together(128, HAS_SINKS=True),
         4,
     ),
     "rotate of Qwen3": ("rotate", ROTATE, turned(128, 128), 1),
@@ -442,7 +457,7 @@ KERNELS = {  # module, kernel, types, constants, warps
     "put_together of Qwen3": (
         "attend",
         ATTEND,
-        {"F": 128, "INTERPRETED": False, "BLOCK_P": 32, "BLOCK_F": 32},
+        put_together(32),
         1,
     ),
     "rotate_and_store of Qwen3": (

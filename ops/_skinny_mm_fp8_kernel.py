@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._gated import rounded
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._quant_kernel import FP8, LARGEST, quantized, to_e4m3
 from moe_compile.ops._quant_kernel import launch as launch_quant
@@ -214,6 +215,18 @@ def _rows_by_dot(  # type: ignore[no-untyped-def]
     return acc
 
 
+@triton.jit
+def _stored(  # type: ignore[no-untyped-def]
+    y, residual, dtype, HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """y in its dtype, or the sum of that and the residual, rounded again."""
+    if HAS_RESIDUAL or INTERPRETED:  # the interpreter's cast does not round
+        y = rounded(y, dtype, True, INTERPRETED)
+    if HAS_RESIDUAL:
+        y = rounded(y + residual, dtype, True, INTERPRETED)
+    return y.to(dtype)
+
+
 @triton.jit(do_not_specialize=["M"])
 def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
@@ -221,6 +234,7 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     w_ptrs,
     ws_ptrs,
     bias_ptrs,
+    residual_ptr,
     y_ptrs,
     Ns,
     bias_Ns,
@@ -231,6 +245,7 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     amax_floor,
     COUNT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     AHEAD: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     DIVIDE: tl.constexpr,
@@ -269,20 +284,31 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
         bias = tl.load(bias_ptr + cols, mask=cols < bias_N, other=0.0).to(tl.float32)
     if DOT:
         m = tl.arange(0, ROWS)[:, None]
+        y_at = m * N + cols[None, :]
+        residual = 0.0
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + y_at, mask=(m < M) & w_mask).to(tl.float32)
         x_ptrs = x_ptr + m.to(tl.int64) * stride_xm + k[None, :]
         y = _rows_by_dot(
             x_ptrs, xs_ptr + m * tl.cdiv(K, GROUP), m < M, w_ptrs, ws_ptr, w_mask, K, amax_floor,
             AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED, EVEN_K, ROWS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        y_at = y_ptr + m * N + cols[None, :]
-        tl.store(y_at, (y + bias[None, :]).to(dtype), mask=(m < M) & w_mask)
+        y = _stored(y + bias[None, :], residual, dtype, HAS_RESIDUAL, INTERPRETED)
+        tl.store(y_ptr + y_at, y, mask=(m < M) & w_mask)
     else:
+        residuals = ()
+        for m in tl.static_range(ROWS):
+            residual = 0.0
+            if HAS_RESIDUAL:
+                residual = tl.load(residual_ptr + m * N + cols, mask=cols < N).to(tl.float32)
+            residuals = _append(residuals, residual)
         rows = _rows_of_sums(
             x_ptr + k[:, None], xs_ptr, w_ptrs, ws_ptr, w_mask, K, stride_xm + zero, amax_floor,
             AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED, EVEN_K, ROWS, FOLD, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
         for m in tl.static_range(ROWS):
-            tl.store(y_ptr + m * N + cols, (rows[m] + bias).to(dtype), mask=cols < N)
+            y = _stored(rows[m] + bias, residuals[m], dtype, HAS_RESIDUAL, INTERPRETED)
+            tl.store(y_ptr + m * N + cols, y, mask=cols < N)
 
 
 def fits(x_MK: Tensor) -> bool:
@@ -305,8 +331,12 @@ def launch(
     power_of_two: bool,
     amax_floor: float,
     blocks: Blocks | None = None,
+    residual_MN: Tensor | None = None,
 ) -> None:
-    """Fill ys with x times each of the weights [N, K], which are stored along K."""
+    """Fill ys with x times each of the weights [N, K], which are stored along K.
+
+    residual: added to the product with a single weight.
+    """
     M, K = x_MK.shape
     Ns = [w.shape[0] for w in ws]
     if sum(Ns) == 0:
@@ -324,6 +354,7 @@ def launch(
         tuple(ws),
         tuple(scale.contiguous() for scale in w_scales),
         tuple(y if b is None else b.contiguous() for b, y in zip(biases, ys, strict=True)),
+        None if residual_MN is None else residual_MN.contiguous(),
         tuple(ys),
         tuple(Ns),
         tuple(0 if bias is None else N for bias, N in zip(biases, Ns, strict=True)),
@@ -334,6 +365,7 @@ def launch(
         amax_floor,
         COUNT=len(ws),
         HAS_BIAS=any(bias is not None for bias in biases),
+        HAS_RESIDUAL=residual_MN is not None,
         AHEAD=blocks.ahead,
         POWER_OF_TWO=power_of_two,
         DIVIDE=not x.is_cuda or is_division_needed(amax_floor),

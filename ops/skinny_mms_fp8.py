@@ -3,15 +3,17 @@
     q, q_scale = quant_fp8(x, power_of_two=power_of_two, amax_floor=amax_floor)
     [linear_fp8(q, q_scale, w, w_scale, bias, dtype) for each w]
 
-The dense layers of a decode step that read the same x, as q, k and v.
+The dense layers of a decode step that read the same x, as q, k and v. To the product with a single
+weight a residual may be added.
 
 Letters: M rows, K features in, N features out, each weight its own.
 Shapes: x [M, K], w 1 to 4 of [N, K], as many w_scale of [ceil(N / 128), ceil(K / 128)] and bias of
-    [N] or None -> as many of [M, N]. M may be 0. Each w is stored along K.
-Dtypes: x float32, float16 or bfloat16; w float8_e4m3fn; scales float32; y and bias in `dtype`:
-    float32, float16 or bfloat16. Summed in float32, rounded once.
-Errors: ValueError as those ops, for no weight or more than 4, and for another number of scales or
-    biases.
+    [N] or None, residual [M, N] -> as many of [M, N]. M may be 0. Each w is stored along K.
+Dtypes: x float32, float16 or bfloat16; w float8_e4m3fn; scales float32; y, bias and residual in
+    `dtype`: float32, float16 or bfloat16. Summed in float32, rounded once, and once more with the
+    residual.
+Errors: ValueError as those ops, for no weight or more than 4, for another number of scales or
+    biases, and for a residual of another shape, dtype or device, or with several weights.
 Source: as `quant_fp8` and `grouped_mm_fp8`.
 """
 
@@ -25,6 +27,7 @@ from moe_compile.ops._check import (
     check_dims,
     check_float,
     check_float_dtype,
+    check_residual,
     check_same_device,
 )
 from moe_compile.ops._library import define
@@ -43,11 +46,13 @@ def skinny_mms_fp8_reference(
     power_of_two: bool = False,
     amax_floor: float = AMAX_FLOOR,
     dtype: torch.dtype = torch.bfloat16,
+    residual_MN: Tensor | None = None,
 ) -> list[Tensor]:
     """What `skinny_mms_fp8` means, by the references of its parts."""
     q = quant_fp8_reference(x_MK, power_of_two=power_of_two, amax_floor=amax_floor)
     weights = zip(ws, w_scales, biases, strict=True)
-    return [linear_fp8_reference(*q, w, w_scale, b, dtype) for w, w_scale, b in weights]
+    ys = [linear_fp8_reference(*q, w, w_scale, b, dtype) for w, w_scale, b in weights]
+    return ys if residual_MN is None else [ys[0] + residual_MN]
 
 
 def skinny_mms_fp8_triton(
@@ -58,16 +63,18 @@ def skinny_mms_fp8_triton(
     power_of_two: bool = False,
     amax_floor: float = AMAX_FLOOR,
     dtype: torch.dtype = torch.bfloat16,
+    residual_MN: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> list[Tensor]:
     """Launch the kernel once where it takes such an input, else one for each part."""
-    ys = _fake(x_MK, ws, w_scales, biases, power_of_two, amax_floor, dtype)
+    ys = _fake(x_MK, ws, w_scales, biases, power_of_two, amax_floor, dtype, residual_MN)
     if fits(x_MK):
-        launch(x_MK, ws, w_scales, biases, ys, power_of_two, amax_floor, blocks)
+        launch(x_MK, ws, w_scales, biases, ys, power_of_two, amax_floor, blocks, residual_MN)
         return ys
     q = quant_fp8_triton(x_MK, power_of_two=power_of_two, amax_floor=amax_floor)
     weights = zip(ws, w_scales, biases, strict=True)
-    return [linear_fp8_triton(*q, w, w_scale, b, dtype) for w, w_scale, b in weights]
+    ys = [linear_fp8_triton(*q, w, w_scale, b, dtype) for w, w_scale, b in weights]
+    return ys if residual_MN is None else [ys[0] + residual_MN]
 
 
 def _fake(
@@ -78,6 +85,7 @@ def _fake(
     power_of_two: bool = False,
     amax_floor: float = AMAX_FLOOR,
     dtype: torch.dtype = torch.bfloat16,
+    residual_MN: Tensor | None = None,
 ) -> list[Tensor]:
     op = "skinny_mms_fp8"
     check_dims(op, "x", x_MK, "[M, K]")
@@ -89,6 +97,9 @@ def _fake(
     check(len(biases) == len(ws), op, f"{len(ws)} biases or None, one a weight", len(biases))
     for w, w_scale, bias in zip(ws, w_scales, biases, strict=True):
         _check_weight(op, x_MK, w, w_scale, bias, dtype)
+    if residual_MN is not None:
+        check(len(ws) == 1, op, "1 weight with a residual", len(ws))
+    check_residual(op, residual_MN, (x_MK.shape[0], ws[0].shape[0]), dtype, x_MK)
     return [x_MK.new_empty(x_MK.shape[0], w.shape[0], dtype=dtype) for w in ws]
 
 
@@ -117,14 +128,17 @@ def _cpu(
     power_of_two: bool = False,
     amax_floor: float = AMAX_FLOOR,
     dtype: torch.dtype = torch.bfloat16,
+    residual_MN: Tensor | None = None,
 ) -> list[Tensor]:
-    _fake(x_MK, ws, w_scales, biases, power_of_two, amax_floor, dtype)
-    return skinny_mms_fp8_reference(x_MK, ws, w_scales, biases, power_of_two, amax_floor, dtype)
+    given = (x_MK, ws, w_scales, biases, power_of_two, amax_floor, dtype, residual_MN)
+    _fake(*given)
+    return skinny_mms_fp8_reference(*given)
 
 
 skinny_mms_fp8 = define(
     "skinny_mms_fp8(Tensor x, Tensor[] w, Tensor[] w_scale, Tensor?[] bias,"
-    " bool power_of_two=False, float amax_floor=1e-10, ScalarType dtype=bfloat16) -> Tensor[]",
+    " bool power_of_two=False, float amax_floor=1e-10, ScalarType dtype=bfloat16,"
+    " Tensor? residual=None) -> Tensor[]",
     cpu=_cpu,
     cuda=skinny_mms_fp8_triton,
     fake=_fake,

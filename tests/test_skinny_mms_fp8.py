@@ -78,6 +78,27 @@ def test_is_its_parts(fn, device):
         torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-5 * want.abs().max().item())
 
 
+WITH_RESIDUAL = {
+    "one row": ((1, 200, (7,), ()), torch.bfloat16),
+    "rows with bias": ((3, 256, (9,), (0,)), torch.float16),
+    "tensor cores": ((9, 128, (20,), (0,)), torch.bfloat16),
+    "many rows": ((17, 128, (3,), ()), torch.float32),
+    "no rows": ((0, 128, (3,), ()), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", WITH_RESIDUAL)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_residual(fn, case, device):
+    """Bit by bit the rounded product, plus the residual; whatever its strides are."""
+    sizes, dtype = WITH_RESIDUAL[case]
+    args = inputs(*sizes, device, dtype=dtype)
+    (y,) = fn(*args, dtype=dtype)
+    residual = (torch.randn(y.mT.shape, device=device) * 4 * args[2][0].mean()).to(dtype).mT
+    (got,) = fn(*args, False, 1e-10, dtype, residual)
+    assert torch.equal(got, y + residual)
+
+
 @pytest.mark.gpu  # the interpreter's NaN in float8 is a number
 @pytest.mark.parametrize("blocks", EVERY_BLOCK, ids=str)
 def test_zeros_over_a_least_amax_of_zero_are_nan_in_their_row_alone(blocks, device):
@@ -109,10 +130,23 @@ def test_opcheck(device):
         torch.library.opcheck(skinny_mms_fp8, args, test_utils=tests)
 
 
+def test_opcheck_with_a_residual(device):
+    args = inputs(*CASES["one"], device)
+    residual = torch.randn(4, 7, device=device).bfloat16()
+    tests = ("test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(skinny_mms_fp8, args, {"residual": residual}, test_utils=tests)
+
+
 def test_no_gradient(device):
     x, *rest = inputs(1, 128, (4, 3), (), device)
     with pytest.raises(RuntimeError, match="skinny_mms_fp8: expected inputs without gradients"):
         skinny_mms_fp8(x.requires_grad_(), *rest)
+
+
+def add(args, residual):
+    """Arguments of the first weight alone, and a residual."""
+    x, *lists = args
+    return x, *(each[:1] for each in lists), False, 1e-10, torch.bfloat16, residual
 
 
 WRONG = {
@@ -152,6 +186,18 @@ WRONG = {
     "dtype": (
         lambda *a: (*a, False, 1e-10, torch.float64),
         "dtype float32, float16 or bfloat16, got torch.float64",
+    ),
+    "residual of several": (
+        lambda *a: (*a, False, 1e-10, torch.bfloat16, a[0][:, :4]),
+        "1 weight with a residual, got 2",
+    ),
+    "shape of residual": (
+        lambda *a: add(a, a[0]),
+        r"residual \[2, 4\], got \[2, 8\]",
+    ),
+    "dtype of residual": (
+        lambda *a: add(a, a[0][:, :4].float()),
+        "residual in the result's torch.bfloat16, got torch.float32",
     ),
 }
 

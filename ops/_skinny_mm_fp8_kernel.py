@@ -147,17 +147,18 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
         bias = tl.load(bias_ptr + cols, mask=cols < bias_N, other=0.0).to(tl.float32)
     if DOT:
         m = tl.arange(0, ROWS)[:, None]
-        y_at = m * N + cols[None, :]
         residual = 0.0
         if HAS_RESIDUAL:
-            residual = tl.load(residual_ptr + y_at, mask=(m < M) & w_mask).to(tl.float32)
+            at = residual_ptr + m * N + cols[None, :]
+            residual = tl.load(at, mask=(m < M) & w_mask).to(tl.float32)
         x_ptrs = x_ptr + m.to(tl.int64) * stride_xm + k[None, :]
         y = rows_by_dot(
             x_ptrs, xs_ptr + m * tl.cdiv(K, GROUP), m < M, w_ptrs, ws_ptr, w_mask, K, amax_floor,
             AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED, EVEN_K, ROWS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        y_at = y_ptr + m * N + cols[None, :]
         y = _stored(y + bias[None, :], residual, dtype, HAS_RESIDUAL, INTERPRETED)
-        tl.store(y_ptr + y_at, y, mask=(m < M) & w_mask)
+        tl.store(y_at, y, mask=(m < M) & w_mask)
     else:
         residuals = ()
         for m in tl.static_range(ROWS):
@@ -171,8 +172,9 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
             EVEN_K, ROWS, FOLD, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
         for m in tl.static_range(ROWS):
+            y_at = y_ptr + m * N + cols
             y = _stored(rows[m] + bias, residuals[m], dtype, HAS_RESIDUAL, INTERPRETED)
-            tl.store(y_ptr + m * N + cols, y, mask=cols < N)
+            tl.store(y_at, y, mask=cols < N)
 
 
 def fits(x_MK: Tensor) -> bool:

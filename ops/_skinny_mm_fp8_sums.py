@@ -104,7 +104,7 @@ def rows_of_sums(  # type: ignore[no-untyped-def]
                 at = xs_ptr + m * tl.cdiv(K, GROUP) + start // GROUP + groups
                 scale = tl.load(at, mask=groups * GROUP < K - start, other=0.0)[None, :]
             else:
-                x = xs[m]
+                x = xs[m]  # type: ignore[var-annotated]
                 if NORM:
                     x = x.to(tl.float32)
                     added_squares = append(added_squares, squares[m] + folded(x, x, FOLD))

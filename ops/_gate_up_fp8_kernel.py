@@ -13,14 +13,8 @@ from torch import Tensor
 from moe_compile.ops._gated import gated, rounded
 from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops._overlap import overlap, wait_for_previous
-from moe_compile.ops._skinny_mm_fp8_kernel import (
-    GROUP,
-    READ_AT_ONCE,
-    column,
-    folded,
-    is_division_needed,
-    quantised_groups,
-)
+from moe_compile.ops._skinny_mm_fp8_kernel import READ_AT_ONCE, is_division_needed
+from moe_compile.ops._skinny_mm_fp8_sums import GROUP, column, folded, quantised_groups
 
 
 class GateUpBlocks(NamedTuple):

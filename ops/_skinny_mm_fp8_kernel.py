@@ -3,6 +3,10 @@
 As `skinny_mm`'s: a program computes a few columns of one weight for all rows, over all of K. It
 quantises x itself, as it comes to it, so that no kernel before it has to; several rows may be
 quantised ahead instead, since every program would quantise all of them.
+
+Rows that it quantises itself it can norm, too. A group's float8 values don't change where all of it
+is scaled, so they are made of x times the norm's weight; the squares are added up meanwhile, and
+the sums scaled at the end (`_skinny_mm_fp8_sums.py`).
 """
 
 from collections.abc import Sequence
@@ -13,13 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._gated import rounded
 from moe_compile.ops._overlap import overlap, wait_for_previous
-from moe_compile.ops._quant_kernel import FP8, LARGEST, quantized, to_e4m3
+from moe_compile.ops._quant_kernel import FP8, LARGEST
 from moe_compile.ops._quant_kernel import launch as launch_quant
-from moe_compile.ops._skinny_mm_kernel import MOST_ROWS, MOST_ROWS_OF_SUMS, SMS
+from moe_compile.ops._skinny_mm_fp8_sums import GROUP, rows_by_dot, rows_of_sums
+from moe_compile.ops._skinny_mm_kernel import MOST_ROWS, MOST_ROWS_OF_SUMS, SMS, Norm
+from moe_compile.ops._skinny_mm_sums import append
 
-GROUP = tl.constexpr(128)  # of x along K that has a scale; of w, in both dims
 READ_AT_ONCE = 16  # values of w, by one thread
+
+# Rows that are normed are quantised before their factor is known, so that nothing can be compared
+# with amax_floor. LEAST_AMAX is there against a quotient of zeros. With LEAST_EPS the factor is 1e6
+# at most: no group whose normed amax is one of FLOORS or more is below LEAST_AMAX.
+LEAST_AMAX = 1e-27
+LEAST_EPS = 1e-12
+FLOORS = (1e-20, 1e-8)
 
 
 class Blocks(NamedTuple):
@@ -62,165 +75,26 @@ def _warps(K: int) -> int:
 
 
 @triton.jit
-def quantised_groups(  # type: ignore[no-untyped-def]
-    x,
-    dtype,
-    amax_floor,
-    POWER_OF_TWO: tl.constexpr,
-    DIVIDE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+def _stored(  # type: ignore[no-untyped-def]
+    y, residual, dtype, HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr
 ):
-    """x [M, K] as `quant_fp8` gives it: [M, K // 128, 128] in dtype, and scales [M, K // 128]."""
-    groups = tl.reshape(x.to(tl.float32), [x.shape[0], x.shape[1] // GROUP, GROUP])
-    q, scale = quantized(
-        groups, amax_floor, 0.0, POWER_OF_TWO, False, False, DIVIDE, INTERPRETED
-    )  # fmt: skip
-    return to_e4m3(q, dtype, INTERPRETED), scale
-
-
-@triton.jit
-def column(q, scale, ws):  # type: ignore[no-untyped-def]
-    """One row q [1, G, 128] times its scales [1, G] and those of a weight [G], as [128 * G, 1].
-
-    A product of whole rows and columns is then exact up to its sums: each value of w is multiplied
-    once, and not scaled.
-    """
-    scaled = q.to(tl.float32) * (scale * ws[None, :])[:, :, None]
-    return tl.reshape(scaled, [q.shape[1] * GROUP, 1])
-
-
-@triton.jit
-def folded(x, w, FOLD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x [K, 1] times w [K, N], a sum of each FOLD neighbours along K, which one thread has read."""
-    product = tl.reshape(x * w.to(tl.float32), [w.shape[0] // FOLD, FOLD, w.shape[1]])
-    return tl.sum(product, 1)
-
-
-@triton.jit
-def _append(rows, row):  # type: ignore[no-untyped-def]
-    return rows + (row,)  # noqa: RUF005 (Triton knows no star here)
-
-
-@triton.jit
-def _rows_of_sums(  # type: ignore[no-untyped-def]
-    x_ptrs,
-    xs_ptr,
-    w_ptrs,
-    ws_ptr,
-    w_mask,
-    K,
-    stride_xm,
-    amax_floor,
-    AHEAD: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    DIVIDE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    FOLD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """[ROWS, K] times [K, BLOCK_N] without tensor cores: a [BLOCK_N] for each row."""
-    k = tl.arange(0, BLOCK_K)[:, None]
-    groups = tl.arange(0, BLOCK_K // GROUP)
-    sums = ()
-    for _ in tl.static_range(ROWS):
-        sums = _append(sums, tl.zeros([BLOCK_K // FOLD, BLOCK_N], tl.float32))
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        # Triton lays products out as what is loaded last: w, of which a thread reads 16 at once.
-        xs = ()
-        for m in tl.static_range(ROWS):
-            if EVEN_K:
-                xs = _append(xs, tl.load(x_ptrs + m * stride_xm))
-            else:
-                xs = _append(xs, tl.load(x_ptrs + m * stride_xm, mask=k < K - start, other=0.0))
-        if EVEN_K:
-            ws = tl.load(ws_ptr + groups)
-            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
-        else:
-            ws = tl.load(ws_ptr + groups, mask=groups * GROUP < K - start, other=0.0)
-            w = tl.load(w_ptrs, mask=w_mask & (k < K - start), other=0.0)
-        added = ()
-        for m in tl.static_range(ROWS):
-            if AHEAD:
-                q = tl.reshape(xs[m], [1, BLOCK_K // GROUP, GROUP])
-                at = xs_ptr + m * tl.cdiv(K, GROUP) + start // GROUP + groups
-                scale = tl.load(at, mask=groups * GROUP < K - start, other=0.0)[None, :]
-            else:
-                q, scale = quantised_groups(
-                    tl.reshape(xs[m], [1, BLOCK_K]), w_ptrs.dtype.element_ty, amax_floor,
-                    POWER_OF_TWO, DIVIDE, INTERPRETED,
-                )  # fmt: skip
-            scaled = column(q, scale, ws)
-            if not EVEN_K:  # nothing over a least amax of 0 is NaN
-                scaled = tl.where(k < K - start, scaled, 0.0)
-            added = _append(added, sums[m] + folded(scaled, w, FOLD))
-        sums = added
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-        ws_ptr += BLOCK_K // GROUP
-    rows = ()
-    for m in tl.static_range(ROWS):
-        rows = _append(rows, tl.sum(sums[m], 0))
-    return rows
-
-
-@triton.jit
-def _rows_by_dot(  # type: ignore[no-untyped-def]
-    x_ptrs,
-    xs_ptrs,
-    x_mask,
-    w_ptrs,
-    ws_ptr,
-    w_mask,
-    K,
-    amax_floor,
-    AHEAD: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    DIVIDE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """[ROWS, K] times [K, BLOCK_N] on tensor cores, a group at a time, scaled in float32.
-
-    As float16, which holds every e4m3: in float8 tensor cores keep less of a sum.
-    """
-    wide: tl.constexpr = tl.float32 if INTERPRETED else tl.float16
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
-        else:
-            x = tl.load(x_ptrs, mask=x_mask & (k < K - start)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=w_mask & (k < K - start)[:, None], other=0.0)
-        if AHEAD:
-            q, scale = x, tl.load(xs_ptrs + start // BLOCK_K, mask=x_mask, other=0.0)
-        else:
-            q, scale = quantised_groups(
-                x, w_ptrs.dtype.element_ty, amax_floor, POWER_OF_TWO, DIVIDE, INTERPRETED
-            )  # fmt: skip
-            q = tl.reshape(q, [ROWS, BLOCK_K])
-        scale *= tl.load(ws_ptr + start // BLOCK_K)
-        acc += tl.dot(q.to(wide), w.to(wide)) * scale
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    return acc
+    """y in its dtype, or the sum of that and the residual, rounded again."""
+    if HAS_RESIDUAL or INTERPRETED:  # the interpreter's cast does not round
+        y = rounded(y, dtype, True, INTERPRETED)
+    if HAS_RESIDUAL:
+        y = rounded(y + residual, dtype, True, INTERPRETED)
+    return y.to(dtype)
 
 
 @triton.jit(do_not_specialize=["M"])
 def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     xs_ptr,
+    norm_ptr,
     w_ptrs,
     ws_ptrs,
     bias_ptrs,
+    residual_ptr,
     y_ptrs,
     Ns,
     bias_Ns,
@@ -229,8 +103,11 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     K,
     stride_xm,
     amax_floor,
+    eps,
     COUNT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
     AHEAD: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     DIVIDE: tl.constexpr,
@@ -244,6 +121,7 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    tl.static_assert(not (NORM and (DOT or AHEAD)))
     # The programs of a weight come after those of the weights before it.
     program = tl.program_id(0)
     zero = tl.full([], 0, tl.int64)  # makes a tensor of what Triton knows to be 1
@@ -269,26 +147,52 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
         bias = tl.load(bias_ptr + cols, mask=cols < bias_N, other=0.0).to(tl.float32)
     if DOT:
         m = tl.arange(0, ROWS)[:, None]
+        residual = 0.0
+        if HAS_RESIDUAL:
+            at = residual_ptr + m * N + cols[None, :]
+            residual = tl.load(at, mask=(m < M) & w_mask).to(tl.float32)
         x_ptrs = x_ptr + m.to(tl.int64) * stride_xm + k[None, :]
-        y = _rows_by_dot(
+        y = rows_by_dot(
             x_ptrs, xs_ptr + m * tl.cdiv(K, GROUP), m < M, w_ptrs, ws_ptr, w_mask, K, amax_floor,
             AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED, EVEN_K, ROWS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         y_at = y_ptr + m * N + cols[None, :]
-        tl.store(y_at, (y + bias[None, :]).to(dtype), mask=(m < M) & w_mask)
+        y = _stored(y + bias[None, :], residual, dtype, HAS_RESIDUAL, INTERPRETED)
+        tl.store(y_at, y, mask=(m < M) & w_mask)
     else:
-        rows = _rows_of_sums(
-            x_ptr + k[:, None], xs_ptr, w_ptrs, ws_ptr, w_mask, K, stride_xm + zero, amax_floor,
-            AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED, EVEN_K, ROWS, FOLD, BLOCK_N, BLOCK_K, STAGES,
+        residuals = ()
+        for m in tl.static_range(ROWS):
+            residual = 0.0
+            if HAS_RESIDUAL:
+                residual = tl.load(residual_ptr + m * N + cols, mask=cols < N).to(tl.float32)
+            residuals = append(residuals, residual)
+        rows = rows_of_sums(
+            x_ptr + k[:, None], xs_ptr, norm_ptr + k[:, None], w_ptrs, ws_ptr, w_mask, K,
+            stride_xm + zero, amax_floor, eps, NORM, AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED,
+            EVEN_K, ROWS, FOLD, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
         for m in tl.static_range(ROWS):
-            tl.store(y_ptr + m * N + cols, (rows[m] + bias).to(dtype), mask=cols < N)
+            y_at = y_ptr + m * N + cols
+            y = _stored(rows[m] + bias, residuals[m], dtype, HAS_RESIDUAL, INTERPRETED)
+            tl.store(y_at, y, mask=cols < N)
 
 
 def fits(x_MK: Tensor) -> bool:
     """Does the kernel take x? Not many rows."""
     M, K = x_MK.shape
     return 0 < M <= MOST_ROWS and K > 0
+
+
+def can_norm(x_MK: Tensor, power_of_two: bool, amax_floor: float, eps: float) -> bool:
+    """Does the kernel norm x? Few rows, plain scales, and a floor that hardly matters.
+
+    Groups whose amax is above amax_floor are quantised as they would be after the norm. Those below
+    are quantised finer: both roundings move a value by at most a sixteenth of the floor, so the two
+    are an eighth of it apart at most.
+    """
+    is_floor_small = FLOORS[0] <= amax_floor <= FLOORS[1]
+    few = fits(x_MK) and x_MK.shape[0] <= MOST_ROWS_OF_SUMS
+    return few and not power_of_two and is_floor_small and eps >= LEAST_EPS
 
 
 def is_division_needed(amax_floor: float) -> bool:
@@ -305,13 +209,20 @@ def launch(
     power_of_two: bool,
     amax_floor: float,
     blocks: Blocks | None = None,
+    residual_MN: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> None:
-    """Fill ys with x times each of the weights [N, K], which are stored along K."""
+    """Fill ys with x times each of the weights [N, K], which are stored along K.
+
+    residual: added to the product with a single weight.
+    norm: of x before, which `can_norm`.
+    """
     M, K = x_MK.shape
     Ns = [w.shape[0] for w in ws]
     if sum(Ns) == 0:
         return
     blocks = blocks or choose_blocks(M, K, sum(Ns))
+    amax_floor = LEAST_AMAX if norm else amax_floor
     x = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     q = x_scale = x
     if blocks.ahead:
@@ -321,9 +232,11 @@ def launch(
     skinny_mm_fp8_kernel[(sum(triton.cdiv(N, blocks.n) for N in Ns),)](
         q,
         x_scale,
+        norm.weight.contiguous() if norm else x,
         tuple(ws),
         tuple(scale.contiguous() for scale in w_scales),
         tuple(y if b is None else b.contiguous() for b, y in zip(biases, ys, strict=True)),
+        None if residual_MN is None else residual_MN.contiguous(),
         tuple(ys),
         tuple(Ns),
         tuple(0 if bias is None else N for bias, N in zip(biases, Ns, strict=True)),
@@ -332,8 +245,11 @@ def launch(
         K,
         q.stride(0),
         amax_floor,
+        norm.eps if norm else 0.0,
         COUNT=len(ws),
         HAS_BIAS=any(bias is not None for bias in biases),
+        HAS_RESIDUAL=residual_MN is not None,
+        NORM=norm is not None,
         AHEAD=blocks.ahead,
         POWER_OF_TWO=power_of_two,
         DIVIDE=not x.is_cuda or is_division_needed(amax_floor),

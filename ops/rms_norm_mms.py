@@ -85,8 +85,11 @@ def _cpu(
 def _check(
     x_MK: Tensor, norm_K: Tensor, ws: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> None:
-    op = "rms_norm_mms"
-    check_skinny_mms(op, x_MK, ws, biases)
+    check_skinny_mms("rms_norm_mms", x_MK, ws, biases)
+    check_norm("rms_norm_mms", x_MK, norm_K)
+
+
+def check_norm(op: str, x_MK: Tensor, norm_K: Tensor) -> None:
     K = x_MK.shape[1]
     check(norm_K.ndim == 1 and norm_K.shape[0] == K, op, f"norm [{K}]", norm_K.shape)
     check(norm_K.dtype == x_MK.dtype, op, f"norm in x's dtype {x_MK.dtype}", norm_K.dtype)

@@ -20,6 +20,7 @@ from moe_compile.passes._graph import (
     unpack,
     val,
 )
+from moe_compile.passes._norm_fp8 import norm_before_quantising
 from moe_compile.passes._outcome import Declined, Outcome, exactness
 from moe_compile.passes._rms_norm import RMSNorm, rms_norm_behind
 
@@ -53,23 +54,26 @@ def fuse_norm(graph: fx.Graph) -> Outcome:
         getitem: bf16[2, 32] = rms_norm_mms[0]
         return [getitem]
 
-    `skinny_mms` likewise. Where others read the normed rows, too, the op returns them as the last
+    `skinny_mms` likewise; `skinny_mms_fp8` takes the norm itself, where only such products read the
+    rows (`_norm_fp8.py`). Where others read the normed rows, too, the op returns them as the last
     of its results, and stands where the first of their readers was.
     Left alone: CPUs; norms over other features than are multiplied; products that add a residual,
     or whose weights are computed after the first reader of the norm; more rows than
     `ops/_skinny_mm_kernel.py` norms, and rows that others read where programs are too few to store
-    them.
+    them. In float8 also other readers, scales that are powers of two, and an amax_floor above 1e-8.
     Numerics: the rows multiplied are not rounded, or once, and the sums are scaled in float32.
     """
     outcome = Outcome()
-    ops = (moe.skinny_mm.default, moe.skinny_mms.default)
+    ops = (moe.skinny_mm.default, moe.skinny_mms.default, moe.skinny_mms_fp8.default)
     for node in sorted(n for op in ops for n in graph.find_nodes(op="call_function", target=op)):
         x = args(node)[0]
         found = rms_norm_behind(strip(x, *RESHAPES)) if val(x).device.type == "cuda" else None
         if found is None:
             continue
         try:
-            outcome.rewrote(node, _fuse(graph, node, *found))
+            in_float8 = is_call(node, moe.skinny_mms_fp8.default)
+            fuse = norm_before_quantising if in_float8 else _fuse
+            outcome.rewrote(node, fuse(graph, node, *found))
         except Declined as reason:
             outcome.decline(node, str(reason))
     return outcome

@@ -1,5 +1,6 @@
 """Let what ends a layer add the residual."""
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -16,12 +17,15 @@ from moe_compile.passes._graph import (
     reshaped,
     same_shape,
     strip,
+    unpack,
     val,
 )
 from moe_compile.passes._outcome import Declined, Outcome, exactness
+from moe_compile.passes._quantised import arguments_of
 
 _ENDS = (
     moe.skinny_mm.default,
+    moe.skinny_mms_fp8.default,
     moe.experts.default,
     moe.experts_fp8.default,
     moe.combine.default,
@@ -50,7 +54,8 @@ def fuse_residual(graph: fx.Graph) -> Outcome:
         reshape_1: bf16[2, 1, 32] = aten.reshape(skinny_mm, [2, 1, 32])
         return [reshape_1]
 
-    The ops are `skinny_mm`, `experts`, `experts_fp8` and `combine`. Where both summands come from
+    The ops are `skinny_mm`, `skinny_mms_fp8` of a single weight, `experts`, `experts_fp8` and
+    `combine`. Where both summands come from
     such an op, the later one adds the other.
     Left alone: CPUs; rows that others read, too; summands of another shape or dtype; reshaped rows
     of a number that is not known.
@@ -67,7 +72,7 @@ def fuse_residual(graph: fx.Graph) -> Outcome:
             except Declined as reason:
                 outcome.decline(add, str(reason))
                 continue
-            name = end.target.name().removeprefix("moe_compile::")
+            name = _maker(end).target.name().removeprefix("moe_compile::")
             outcome.rewrote(add, f"{name} adds the residual, {val(end).shape[1]} columns")
             _rewrite(graph, add, end, residual)
             break
@@ -75,15 +80,20 @@ def fuse_residual(graph: fx.Graph) -> Outcome:
 
 
 def _end(value: Any) -> Any:
-    """The op that makes the rows of a summand and adds nothing yet, or None."""
+    """The rows of a summand as an op makes them that adds nothing yet, or None."""
     end = strip(value, *RESHAPES)
-    return end if is_call(end, *_ENDS) and not _adds(end) else None
+    return end if is_call(_maker(end), *_ENDS) and _can_add(_maker(end)) else None
 
 
-def _adds(end: fx.Node) -> bool:
-    names = [a.name for a in end.target._schema.arguments]  # type: ignore[union-attr]
-    given = {**dict(zip(names, args(end), strict=False)), **end.kwargs}
-    return given.get("residual") is not None
+def _maker(end: Any) -> Any:
+    """The op that makes `end`, perhaps as the only one of a list."""
+    return args(end)[0] if is_call(end, operator.getitem) else end
+
+
+def _can_add(maker: fx.Node) -> bool:
+    given = arguments_of(maker)
+    several = is_call(maker, moe.skinny_mms_fp8.default) and len(given["w"]) > 1
+    return given["residual"] is None and not several
 
 
 def _residual(add: fx.Node, end: fx.Node, value: fx.Node) -> fx.Node:
@@ -103,8 +113,8 @@ def _residual(add: fx.Node, end: fx.Node, value: fx.Node) -> fx.Node:
 
 
 def _chain(end: fx.Node, add: fx.Node) -> list[fx.Node]:
-    """From `end` to before `add`, if each is read by the next alone."""
-    chain = [end]
+    """From what makes `end` to before `add`, if each is read by the next alone."""
+    chain = [_maker(end)]
     while len(chain[-1].users) == 1:
         reader = next(iter(chain[-1].users))
         if reader is add:
@@ -115,11 +125,14 @@ def _chain(end: fx.Node, add: fx.Node) -> list[fx.Node]:
 
 def _rewrite(graph: fx.Graph, add: fx.Node, end: fx.Node, residual: fx.Node) -> None:
     """The op where the sum was, which all that both need comes before."""
-    target: Any = end.target
+    maker = _maker(end)
+    target: Any = maker.target
     dead = [add, *reversed(_chain(end, add))]
     with graph.inserting_before(add):
         rows = reshaped(graph, residual, val(end).shape, like=add)
-        new = call(graph, target, *args(end), like=end, **end.kwargs, residual=rows)
+        new = call(graph, target, *args(maker), like=maker, **{**maker.kwargs, "residual": rows})
+        if maker is not end:
+            (new,) = unpack(graph, new, 1)
         add.replace_all_uses_with(reshaped(graph, new, val(add).shape, like=add))
     for node in dead:
         graph.erase_node(node)

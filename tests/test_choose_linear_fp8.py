@@ -11,6 +11,8 @@ from moe_compile.fp8 import matmul
 from moe_compile.ops import moe
 from moe_compile.ops._skinny_mm_kernel import MOST_ROWS
 from moe_compile.passes.choose_linear import choose_linear
+from moe_compile.passes.fuse_norm import fuse_norm
+from moe_compile.passes.fuse_residual import fuse_residual
 from moe_compile.testing import capture, render, run_passes
 
 K = N = 256
@@ -109,6 +111,34 @@ _to_copy: f32[1, 1, 256] = aten._to_copy(arg0_1, dtype=f32)
 return [add_1, _to_copy]""",  # noqa: E501
     )
     assert details(gm) == ([], [])  # twice = once
+
+
+def layer(x, norm, q, qs, k, ks, v, vs, o, os):
+    """Normed as transformers' models do it, then without a kernel of attention."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    rows = norm * wide.to(x.dtype)
+    one, two, three = (matmul(rows, *w, [128, 128]) for w in ((q, qs), (k, ks), (v, vs)))
+    return x + matmul(one + torch.tanh(two) * three, o, os, [128, 128])
+
+
+def of_layer(M):
+    weights = [t for _ in range(4) for t in weight()]
+    scaled = [t / 64 if t.dtype != FP8 else t for t in weights]
+    return half(M, 1, K), 1 + half(K) / 4, *scaled
+
+
+def test_a_layer_is_two_products():
+    """q, k and v norm what they read, the last product adds the residual."""
+    args = of_layer(2)
+    gm = graph_on_gpu(layer, *args)
+    run_passes(gm, choose_linear)
+    run_passes(gm, fuse_residual)
+    run_passes(gm, fuse_norm)
+    calls = [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
+    assert [c for c in calls if "moe_compile" in c] == ["moe_compile.skinny_mms_fp8.default"] * 2
+    assert not any("rsqrt" in c or "mean" in c for c in calls)
+    assert torch.equal(gm(*args)[0], layer(*args))
 
 
 def test_what_was_given_goes_along():
@@ -236,6 +266,18 @@ def test_values():
     assert len(details(gm)[0]) == 2
     for got, want in zip(gm(*args), attention(*args), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("M", [1, 3, 4, 16])
+def test_compiled_layer_on_a_gpu(M):
+    torch._dynamo.reset()
+    args = [t.cuda() for t in of_layer(M)]
+    require = {"choose_linear": 2, "fuse_residual": 1, **({"fuse_norm": 1} if M <= 4 else {})}
+    fn = torch.compile(layer, backend="moe_compile", fullgraph=True, options={"require": require})
+    got, want = fn(*args).float(), layer(*args).float()
+    assert (got - want).square().mean().sqrt() <= 0.02 * want.square().mean().sqrt()
 
 
 @pytest.mark.gpu

@@ -267,6 +267,89 @@ def test_unknown_rows():
     assert [e.detail for e in outcome.declined] == ["a number of rows that is not known"]
 
 
+def float8(x, weight, w, scale, **how):
+    """As `choose_linear` leaves q, k and v of a model in float8, which view the rows."""
+    x = normed(x.view(T, 1, K), weight)
+    return tuple(moe.skinny_mms_fp8(x.view(T, K), [w, w], [scale, scale], [None, None], **how))
+
+
+FLOAT8 = half(T, K), half(K), torch.randn(N, K).to(torch.float8_e4m3fn), torch.ones(1, 1)
+
+
+def test_products_in_float8():
+    gm = graph_on_gpu(float8, *FLOAT8)
+    assert rewrites(gm) == ["2 rows of 64 normed in the float8 product with 2 weights"]
+    assert_expected_inline(
+        "\n".join(render(gm.graph).splitlines()[4:]),
+        """\
+skinny_mms_fp8 = moe_compile.skinny_mms_fp8(arg0_1, [arg2_1, arg2_1], [arg3_1, arg3_1], [None, None], norm=arg1_1, norm_eps=1e-06)
+getitem: bf16[2, 32] = skinny_mms_fp8[0]
+getitem_1: bf16[2, 32] = skinny_mms_fp8[1]
+return [getitem, getitem_1]""",  # noqa: E501
+    )
+    assert all(map(torch.equal, gm(*FLOAT8), float8(*FLOAT8)))
+
+
+def test_two_products_in_float8_norm_each_for_itself():
+    def fn(x, weight, w, scale, residual):
+        x = normed(x, weight, round_first=False)
+        y = moe.skinny_mms_fp8(x, [w], [scale], [None])
+        z = moe.skinny_mms_fp8(x, [w], [scale], [None], amax_floor=1e-12, residual=residual)
+        return y[0], z[0]
+
+    args = *FLOAT8, half(T, N)
+    gm = graph_on_gpu(fn, *args)
+    rewrites(gm, 2)
+    assert aten.rsqrt.default not in {n.target for n in gm.graph.nodes}
+    assert all(map(torch.equal, gm(*args), fn(*args)))
+
+
+def float8_and_kept(x, *args):
+    x = normed(x, args[0])
+    return moe.skinny_mms_fp8(x, [args[1]], [args[2]], [None])[0], x
+
+
+def float8_of(**how):
+    return lambda x, *args: float8(x, *args, **how)
+
+
+def float8_rows(x, weight, w, scale):
+    return moe.skinny_mms_fp8(normed(x, weight), [w], [scale], [None])[0]
+
+
+def float8_heads(x, weight, w, scale):
+    x = normed(x.view(T, 4, 16), weight).view(T, K)
+    return moe.skinny_mms_fp8(x, [w], [scale], [None])[0]
+
+
+FLOAT8_NEAR_MISSES = {
+    "others read": (float8_and_kept, *FLOAT8, "rows that others than products in float8 read"),
+    "powers of two": (
+        float8_of(power_of_two=True),
+        *(*FLOAT8, "2 rows in float8 by powers of two, amax_floor 1e-10, eps 1e-06"),
+    ),
+    "a floor": (
+        float8_of(amax_floor=1e-6),
+        *(*FLOAT8, "2 rows in float8 by plain scales, amax_floor 1e-06, eps 1e-06"),
+    ),
+    "many rows": (
+        float8_rows,
+        *(half(5, K), *FLOAT8[1:]),
+        "5 rows in float8 by plain scales, amax_floor 1e-10, eps 1e-06",
+    ),
+    "heads": (
+        float8_heads,
+        *(half(T, K), half(16), *FLOAT8[2:], "a norm over 16 features of 64"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FLOAT8_NEAR_MISSES)
+def test_near_misses_in_float8(case):
+    *given, reason = FLOAT8_NEAR_MISSES[case]
+    assert declined(*given) == [reason]
+
+
 # Weights are large enough for `choose_linear`, experts many enough for `choose_kernels`.
 QWEN3 = {
     **{"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 2, "head_dim": 64},

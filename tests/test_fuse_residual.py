@@ -105,6 +105,35 @@ def test_float8_experts():
     assert render(gm.graph).splitlines()[-2].endswith("arg7_1, 1.5, residual=arg8_1)")
 
 
+def test_float8_products():
+    """Of a single weight; where there are several, none adds."""
+
+    def fn(x, w, scale, residual):
+        (y,) = moe.skinny_mms_fp8(x, [w], [scale], [None])
+        q, k = moe.skinny_mms_fp8(x, [w, w], [scale, scale], [None, None])
+        return residual + y.view(T, 1, H), residual + q.view(T, 1, H), k
+
+    w = torch.randn(H, K).to(torch.float8_e4m3fn)
+    args = half(T, K), w, torch.ones(1, 1), half(T, 1, H)
+    gm = graph_on_gpu(fn, *args)
+    assert rewrites(gm) == ["skinny_mms_fp8 adds the residual, 32 columns"]
+    assert all(map(torch.equal, gm(*args), fn(*args)))
+    assert_expected_inline(
+        "\n".join(render(gm.graph).splitlines()[4:]),
+        """\
+skinny_mms_fp8 = moe_compile.skinny_mms_fp8(arg0_1, [arg1_1, arg1_1], [arg2_1, arg2_1], [None, None])
+getitem: bf16[2, 32] = skinny_mms_fp8[0]
+getitem_1: bf16[2, 32] = skinny_mms_fp8[1]
+reshape: bf16[2, 32] = aten.reshape(arg3_1, [2, 32])
+skinny_mms_fp8_1 = moe_compile.skinny_mms_fp8(arg0_1, [arg1_1], [arg2_1], [None], residual=reshape)
+getitem_2: bf16[2, 32] = skinny_mms_fp8_1[0]
+reshape_1: bf16[2, 1, 32] = aten.reshape(getitem_2, [2, 1, 32])
+view: bf16[2, 1, 32] = aten.view(getitem, [2, 1, 32])
+add: bf16[2, 1, 32] = aten.add.Tensor(arg3_1, view)
+return [reshape_1, add, getitem_1]""",  # noqa: E501
+    )
+
+
 def test_a_whole_layer():
     """The residual after the MLP is the sum after attention, reshaped only once."""
 

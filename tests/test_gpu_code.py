@@ -208,6 +208,7 @@ def skinny_fp8(rows, n, k, dot, ahead, stages, **constants):
     """The constants of `skinny_mm_fp8_kernel`."""
     shape = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k, "STAGES": stages, "FOLD": 16, "COUNT": 3}
     flags = {"DOT": dot, "AHEAD": ahead, "HAS_BIAS": True, "EVEN_K": True, "INTERPRETED": False}
+    flags |= {"HAS_RESIDUAL": False, "NORM": False}
     return {**shape, **flags, "POWER_OF_TWO": False, "DIVIDE": False, **constants}
 
 
@@ -397,6 +398,30 @@ KERNELS = {  # module, kernel, types, constants, warps
         "skinny_mm_fp8",
         {**SKINNY_FP8, "x_ptr": "*fp8e4nv"},
         skinny_fp8(16, 8, 128, True, True, 6),
+        4,
+    ),
+    "skinny_mm_fp8 of one row, residual": (
+        "skinny_mm_fp8",
+        SKINNY_FP8,
+        skinny_fp8(1, 8, 2048, False, False, 3, HAS_RESIDUAL=True, COUNT=1),
+        4,
+    ),
+    "skinny_mm_fp8 of one row, normed": (
+        "skinny_mm_fp8",
+        SKINNY_FP8,
+        skinny_fp8(1, 8, 2048, False, False, 3, NORM=True),
+        4,
+    ),
+    "skinny_mm_fp8 of three rows, normed, a short group": (
+        "skinny_mm_fp8",
+        SKINNY_FP8,
+        skinny_fp8(3, 4, 1024, False, False, 3, NORM=True, EVEN_K=False),
+        2,
+    ),
+    "skinny_mm_fp8 of many rows, residual": (
+        "skinny_mm_fp8",
+        {**SKINNY_FP8, "x_ptr": "*fp8e4nv"},
+        skinny_fp8(16, 8, 128, True, True, 6, HAS_RESIDUAL=True, COUNT=1),
         4,
     ),
     "gate_up_fp8 of Qwen3": ("gate_up_fp8", GATE_UP_FP8, gate_up_fp8(8, 1024, 3), 2),

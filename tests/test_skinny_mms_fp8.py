@@ -5,6 +5,7 @@ from float8 import assert_close_fp8, scales
 from moe_compile.ops import moe
 from moe_compile.ops._skinny_mm_fp8_kernel import Blocks
 from moe_compile.ops.linear_fp8 import linear_fp8_reference
+from moe_compile.ops.rms_norm_mms import rms_norm
 from moe_compile.ops.skinny_mms_fp8 import (
     skinny_mms_fp8,
     skinny_mms_fp8_reference,
@@ -78,6 +79,113 @@ def test_is_its_parts(fn, device):
         torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-5 * want.abs().max().item())
 
 
+WITH_RESIDUAL = {
+    "one row": ((1, 200, (7,), ()), torch.bfloat16),
+    "rows with bias": ((3, 256, (9,), (0,)), torch.float16),
+    "tensor cores": ((9, 128, (20,), (0,)), torch.bfloat16),
+    "many rows": ((17, 128, (3,), ()), torch.float32),
+    "no rows": ((0, 128, (3,), ()), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", WITH_RESIDUAL)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_residual(fn, case, device):
+    """Bit by bit the rounded product, plus the residual; whatever its strides are."""
+    sizes, dtype = WITH_RESIDUAL[case]
+    args = inputs(*sizes, device, dtype=dtype)
+    (y,) = fn(*args, dtype=dtype)
+    residual = (torch.randn(y.mT.shape, device=device) * 4 * args[2][0].mean()).to(dtype).mT
+    (got,) = fn(*args, False, 1e-10, dtype, residual)
+    assert torch.equal(got, y + residual)
+
+
+def norm_inputs(M, K, columns, device, **how):
+    x, ws, w_scales, biases = inputs(M, K, columns, range(len(columns)), device, **how)
+    norm = (1 + torch.randn(K, device=device) / 2).to(x.dtype)
+    return (x, ws, w_scales, biases), norm
+
+
+def exactly_normed(x, norm, eps):
+    wide = x.double()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * norm.double()
+
+
+NORMS = {  # M, K, columns
+    "q, k, v": (1, 256, (12, 3, 3)),
+    "four rows, a short group": (4, 328, (9,)),
+    "several blocks": (2, 1224, (5, 3)),
+    "many rows": (5, 256, (9,)),
+}
+
+
+@pytest.mark.parametrize("round_first", [True, False])
+@pytest.mark.parametrize("case", NORMS)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_norm(fn, case, round_first, device):
+    """No further from products of what float64 norms, quantised, than norm and product apart."""
+    args, norm = norm_inputs(*NORMS[case], device, dtype=torch.float32)
+    how = (False, 1e-10, torch.float32, None, norm, 1e-6, round_first)
+    got, eager = fn(*args, *how), skinny_mms_fp8_reference(*args, *how)
+    q = moe.quant_fp8(exactly_normed(args[0], norm, 1e-6).float())
+    for y, apart, *weight in zip(got, eager, *args[1:], strict=True):
+        exact = linear_fp8_reference(*q, *weight, torch.float64)
+        errors = [(each - exact).square().mean().sqrt() for each in (y, apart)]
+        assert errors[0] <= errors[1] + 1e-5 * exact.abs().max()
+
+
+def test_norm_in_the_kernel_does_not_round(device):
+    """Up to a rare tie the very float8 values of rows normed in float64, by any blocks."""
+    args, norm = norm_inputs(3, 328, (40,), device, x_dtype=torch.float32, dtype=torch.float32)
+    for blocks in Blocks(8, 512, False, False, 1, 2), Blocks(16, 128, False, False, 1, 2):
+        how = {"dtype": torch.float32, "norm_K": norm, "norm_eps": 1e-6, "blocks": blocks}
+        (y,) = skinny_mms_fp8_triton(*args, **how)
+        q = moe.quant_fp8(exactly_normed(args[0], norm, 1e-6).float())
+        want = linear_fp8_reference(*q, *(each[0] for each in args[1:]), torch.float64)
+        torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-22, 1e-14])
+def test_norm_of_rows_below_the_floor(size, device):
+    """Rows of almost nothing are off by no more than an eighth of the floor for each value."""
+    args, norm = norm_inputs(1, 256, (5,), device, x_dtype=torch.float32, dtype=torch.float32)
+    x, (w,), (w_scale,), (bias,) = (args[0] * 0 + size).sign() * size, *args[1:]
+    rest = ([w], [w_scale], [bias * 0])
+    how = {"dtype": torch.float32, "norm_K": norm, "norm_eps": 1e-6}
+    (y,) = skinny_mms_fp8_triton(x, *rest, **how)
+    (want,) = skinny_mms_fp8_reference(x, *rest, **how)
+    allowed = 1e-10 / 8 * (w.float().abs() * w_scale.repeat_interleave(128, 1)).sum(1)
+    assert ((y - want).abs() <= allowed).all()
+
+
+NOT_IN_THE_KERNEL = {
+    "powers of two": (True, 1e-10, 1e-6),
+    "a large floor": (False, 2.0, 1e-6),
+    "no eps": (False, 1e-10, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", NOT_IN_THE_KERNEL)
+def test_norm_before_the_kernel(case, device):
+    """Just what the norm and the product apart give."""
+    power_of_two, floor, eps = NOT_IN_THE_KERNEL[case]
+    args, norm = norm_inputs(2, 256, (5,), device)
+    how = (power_of_two, floor, torch.bfloat16)
+    got = skinny_mms_fp8_triton(*args, *how, None, norm, eps)
+    want = skinny_mms_fp8_triton(rms_norm(args[0], norm, eps, True), *args[1:], *how)
+    assert torch.equal(got[0], want[0])
+
+
+def test_norm_and_residual(device):
+    args, norm = norm_inputs(2, 256, (5,), device)
+    residual = torch.randn(2, 5, device=device).bfloat16()
+    for fn in FUNCTIONS:
+        how = (False, 1e-10, torch.bfloat16)
+        (y,) = fn(*args, *how, None, norm, 1e-6)
+        (got,) = fn(*args, *how, residual, norm, 1e-6)
+        assert torch.equal(got, y + residual)
+
+
 @pytest.mark.gpu  # the interpreter's NaN in float8 is a number
 @pytest.mark.parametrize("blocks", EVERY_BLOCK, ids=str)
 def test_zeros_over_a_least_amax_of_zero_are_nan_in_their_row_alone(blocks, device):
@@ -109,10 +217,23 @@ def test_opcheck(device):
         torch.library.opcheck(skinny_mms_fp8, args, test_utils=tests)
 
 
+def test_opcheck_with_norm_and_residual(device):
+    args, norm = norm_inputs(4, 300, (7,), device)
+    how = {"residual": torch.randn(4, 7, device=device).bfloat16(), "norm": norm, "norm_eps": 1e-6}
+    tests = ("test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(skinny_mms_fp8, args, how, test_utils=tests)
+
+
 def test_no_gradient(device):
     x, *rest = inputs(1, 128, (4, 3), (), device)
     with pytest.raises(RuntimeError, match="skinny_mms_fp8: expected inputs without gradients"):
         skinny_mms_fp8(x.requires_grad_(), *rest)
+
+
+def add(args, *last):
+    """Arguments of the first weight alone, and a residual, and a norm."""
+    x, *lists = args
+    return x, *(each[:1] for each in lists), False, 1e-10, torch.bfloat16, *last
 
 
 WRONG = {
@@ -152,6 +273,23 @@ WRONG = {
     "dtype": (
         lambda *a: (*a, False, 1e-10, torch.float64),
         "dtype float32, float16 or bfloat16, got torch.float64",
+    ),
+    "residual of several": (
+        lambda *a: (*a, False, 1e-10, torch.bfloat16, a[0][:, :4]),
+        "1 weight with a residual, got 2",
+    ),
+    "shape of residual": (
+        lambda *a: add(a, a[0]),
+        r"residual \[2, 4\], got \[2, 8\]",
+    ),
+    "dtype of residual": (
+        lambda *a: add(a, a[0][:, :4].float()),
+        "residual in the result's torch.bfloat16, got torch.float32",
+    ),
+    "shape of norm": (lambda *a: add(a, None, a[0][0, :7]), r"norm \[8\], got \[7\]"),
+    "dtype of norm": (
+        lambda *a: add(a, None, a[0][0].float()),
+        "norm in x's dtype torch.bfloat16, got torch.float32",
     ),
 }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from moe_compile.ops import _candidates
-from moe_compile.ops._attend_kernel import Blocks, choose_blocks
+from moe_compile.ops._attend_blocks import Blocks, choose_blocks
 from moe_compile.ops.attend import attend_triton
 
 Inputs = tuple[Tensor, Tensor, Tensor]

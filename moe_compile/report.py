@@ -3,11 +3,7 @@
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 
 from moe_compile.passes._outcome import Event, Outcome
 
@@ -134,32 +130,3 @@ def _head(diff: str, most: int = 80) -> list[str]:
     return (
         lines if len(lines) <= most else [*lines[:most], f"    ... {len(lines) - most} more lines"]
     )
-
-
-def explain(
-    model: Callable[..., Any],
-    *inputs: Any,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    dynamic: bool | None = None,
-    **kwargs: Any,
-) -> Report:
-    """What moe_compile does to `model(*inputs, **kwargs)`: every rewrite, every decline and why.
-
-    The model is captured as `torch.compile(model, backend="moe_compile")` would, under
-    `torch.no_grad()`, and run once; no code is generated, so this takes seconds.
-    """
-    from moe_compile.capture import visit_graphs
-    from moe_compile.options import parse_options
-    from moe_compile.pipeline import Pipeline
-
-    ours, patches = parse_options(mode, options)
-    passes = Pipeline(ours, keep_graphs=True)
-    torch._dynamo.utils.counters["graph_break"].clear()
-    with torch.no_grad():
-        visit_graphs(passes, model, *inputs, dynamic=dynamic, patches=patches, **kwargs)
-    passes.report.breaks = {
-        reason.strip().splitlines()[0]: count
-        for reason, count in torch._dynamo.utils.counters["graph_break"].items()
-    }
-    return passes.report

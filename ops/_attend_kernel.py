@@ -1,4 +1,4 @@
-"""The kernels of `attend`, and the choice of their blocks.
+"""The kernels of `attend`.
 
 A program has one key head, up to BLOCK_R of its rows (the queries of all its query heads), and
 every so many-th block of BLOCK_S positions: each key is read once for all of them, and tensor cores
@@ -9,13 +9,13 @@ begun together, and early.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._attend_blocks import Blocks, choose_blocks
 from moe_compile.ops._gated import LN_2, LOG2_E, LOG2_E_REST, rounded
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._tuned_kernels import ATTEND
@@ -253,35 +253,6 @@ def _put_together_kernel(  # type: ignore[no-untyped-def]
     out = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
     out = rounded(out, out_ptr.dtype.element_ty, True, INTERPRETED)
     tl.store(out_ptr + row * F + f, out.to(out_ptr.dtype.element_ty), mask=f < F)
-
-
-class Blocks(NamedTuple):
-    """Rows and positions of a step, programs that share a head's positions, how Triton compiles."""
-
-    rows: int
-    positions: int
-    splits: int
-    warps: int
-    stages: int
-
-
-_PROGRAMS = 264  # two for each of the 132 SMs of an H100 or H200
-_MOST_SPLITS = 128
-
-
-def choose_blocks(heads: int, rows: int, S: int, features: int, dtype: torch.dtype) -> Blocks:
-    """Blocks for B * G key heads of so many rows, whose keys and values together have so many
-    features. By what fits the registers and the shared memory; not measured yet."""
-    is_float32 = dtype == torch.float32  # without tensor cores: twice the threads for the products
-    block_r = 16 if is_float32 else min(64, max(16, triton.next_power_of_2(rows)))
-    wanted = triton.cdiv(_PROGRAMS, heads * triton.cdiv(rows, block_r))
-    position_bytes = features * dtype.itemsize
-    positions = 64 if position_bytes <= 1024 and wanted * 64 <= S else 32
-    num_blocks = triton.cdiv(S, positions)
-    steps = triton.cdiv(num_blocks, min(wanted, _MOST_SPLITS))
-    splits = triton.cdiv(num_blocks, steps)  # no more than make as many steps each
-    stages = 3 if steps > 1 and positions * position_bytes <= 2**15 else 2
-    return Blocks(block_r, positions, splits, 8 if is_float32 else 4, stages)
 
 
 def launch(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_compile.ops._attend_kernel import Blocks as AttendBlocks
+from moe_compile.ops._attend_blocks import Blocks as AttendBlocks
 from moe_compile.ops._experts_kernel import FewBlocks
 from moe_compile.ops._grouped_mm_blocks import Blocks as GroupedBlocks
 from moe_compile.ops._skinny_mm_kernel import MOST_ROWS_OF_SUMS

@@ -32,7 +32,8 @@ import math
 import torch
 from torch import Tensor
 
-from moe_compile.ops._attend_kernel import Blocks, launch
+from moe_compile.ops._attend_blocks import Blocks
+from moe_compile.ops._attend_kernel import launch
 from moe_compile.ops._check import FLOATS, check, check_dims, check_float, check_same_device
 from moe_compile.ops._library import define
 

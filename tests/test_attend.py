@@ -3,7 +3,7 @@ import torch
 from helpers import FLOATS, assert_close
 
 from moe_compile.ops import moe
-from moe_compile.ops._attend_kernel import Blocks, choose_blocks
+from moe_compile.ops._attend_blocks import Blocks, choose_blocks
 from moe_compile.ops.attend import MOST_QUERIES, attend, attend_reference, attend_triton
 
 FUNCTIONS = [attend, attend_triton]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import moe_compile
-from moe_compile.report import explain
+from moe_compile import explain
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 

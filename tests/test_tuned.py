@@ -10,7 +10,7 @@ import torch
 from helpers import assert_close
 
 from moe_compile.ops import _measured, _skinny_mm_kernel, _tuned
-from moe_compile.ops._attend_kernel import Blocks as AttendBlocks
+from moe_compile.ops._attend_blocks import Blocks as AttendBlocks
 from moe_compile.ops._skinny_mm_kernel import Blocks
 from moe_compile.ops._tuned import KERNELS, Asked, Tuned, family_of, recording
 from moe_compile.ops._tuned_kernels import ATTEND, SKINNY_MM

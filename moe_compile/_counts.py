@@ -148,6 +148,9 @@ def _take_out(graph: fx.Graph, counts: Iterable[fx.Node]) -> tuple[Any, list[int
     host.output([mine[results[i]] for i in places])
     host.eliminate_dead_code()
     output.update_arg(0, [None if i in places else r for i, r in enumerate(results)])
+    if "user_visible_output_idxs" in output.meta:  # Inductor looks at what these are views of
+        seen = output.meta["user_visible_output_idxs"]
+        output.meta["user_visible_output_idxs"] = [i for i in seen if i not in places]
     return fx.GraphModule({}, host), places
 
 

@@ -123,7 +123,10 @@ NORMS = {  # M, K, columns
 @pytest.mark.parametrize("case", NORMS)
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
 def test_norm(fn, case, round_first, device):
-    """No further from products of what float64 norms, quantised, than norm and product apart."""
+    """As far from products of what float64 norms, quantised, as norm and product apart are.
+
+    A tenth to spare: a value near a tie may become another float8 in either.
+    """
     args, norm = norm_inputs(*NORMS[case], device, dtype=torch.float32)
     how = (False, 1e-10, torch.float32, None, norm, 1e-6, round_first)
     got, eager = fn(*args, *how), skinny_mms_fp8_reference(*args, *how)
@@ -131,7 +134,7 @@ def test_norm(fn, case, round_first, device):
     for y, apart, *weight in zip(got, eager, *args[1:], strict=True):
         exact = linear_fp8_reference(*q, *weight, torch.float64)
         errors = [(each - exact).square().mean().sqrt() for each in (y, apart)]
-        assert errors[0] <= errors[1] + 1e-5 * exact.abs().max()
+        assert errors[0] <= 1.1 * errors[1] + 1e-5 * exact.abs().max()
 
 
 def test_norm_in_the_kernel_does_not_round(device):

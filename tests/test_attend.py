@@ -218,7 +218,9 @@ def test_real_sizes(shape, dtype, device):
     sinks = torch.randn(1, shape[1], device=device).to(dtype)
     for m in mask, None:
         how = {"mask": m, "last": last if m is None else None, "sinks": sinks}
-        assert_close(attend(*args, **how), attend_reference, *args, **how)
+        # In float32 one thread adds up all products of a score: 192 of DeepSeek-V3's in a row.
+        times = 3 if dtype == torch.float32 else 2
+        assert_close(attend(*args, **how), attend_reference, *args, times=times, **how)
 
 
 @pytest.mark.gpu

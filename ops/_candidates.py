@@ -133,7 +133,8 @@ def experts_down(kind: Kind, sizes: Sizes, analytic: Any) -> list[FewBlocks]:
 
 def experts_down_dots(K: int) -> list[FewBlocks]:
     experts = 1 << (K - 1).bit_length()
-    return [FewBlocks(128 * g // experts, *b, True) for g, *b in _DOWN_DOTS if g >= experts]
+    found = [(128 * g // experts, o, w, s) for g, o, w, s in _DOWN_DOTS if g >= experts]
+    return [FewBlocks(f, o, w, s, True) for f, o, w, s in found]
 
 
 # One row in a tile, without tensor cores; by whether the weight is contiguous along H.

@@ -1,4 +1,4 @@
-"""What `down_combine_kernel` does in float8: rows quantised as it comes to them, and their products.
+"""What `down_combine_kernel` does in float8: rows quantised as it comes to them, and products.
 
 On tensor cores all groups of 128 of all of a token's experts are products by themselves
 (`_skinny_mm_fp8_dots.py`), so that a group's scale can hold its expert's weight, too.

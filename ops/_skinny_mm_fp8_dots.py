@@ -1,4 +1,4 @@
-"""A row times a few columns on tensor cores, where each group of 128 along K is a product by itself.
+"""A row times a few columns on tensor cores: each group of 128 along K is a product by itself.
 
 The groups are a dim of the product, along which Triton lays the warps: each has groups of its own.
 The weight's columns are the left side, as it is stored; the fewest columns that the right side has
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from moe_compile.ops._skinny_mm_fp8_sums import GROUP, quantised_groups
-from moe_compile.ops._skinny_mm_sums import append, along_k
+from moe_compile.ops._skinny_mm_sums import along_k, append
 
 ARE_FASTER = False  # than sums? What blocks are chosen by, where nothing was measured for a shape.
 COLUMNS = tl.constexpr(8)  # the fewest of the right side
@@ -102,7 +102,7 @@ def rows_of_dots(  # type: ignore[no-untyped-def]
             next_x = tl.load(x_ptrs + m * stride_xm + BLOCK_K, mask=is_next, other=0.0)
             next_xs = append(next_xs, next_x)
             if AHEAD:
-                q = xs[m]
+                q = xs[m]  # type: ignore[var-annotated]
                 at = xs_ptr + m * tl.cdiv(K, GROUP) + start // GROUP + groups
                 scale = tl.load(at, mask=has_group, other=0.0)
             else:

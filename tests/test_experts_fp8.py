@@ -114,7 +114,7 @@ DOTS = [(1, torch.bfloat16), (2, torch.float16), (4, torch.float32)]
 
 @pytest.mark.parametrize(("T", "dtype"), DOTS, ids=str)
 def test_dots(T, dtype, device):
-    """Experts that are no power of two, steps that leave a rest, weights in parts of larger ones."""
+    """Experts that are no power of two, steps that leave a rest, weights that are parts."""
     K, E, H, F, out = 3, 12, 320, 384, 24
     _, _, ids, weights, *w = inputs((T, K, E, H, F, out), device)
     ids[0, 0] = E

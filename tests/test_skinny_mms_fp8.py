@@ -71,7 +71,7 @@ def test_any_blocks(blocks, how, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("M", "K"), [(1, 256), (1, 4), (2, 200), (3, 640), (4, 256)])
 def test_groups_side_by_side_on_tensor_cores(M, K, dtype, device):
-    """One block or several, whole groups or a short one; scales and columns of each weight apart."""
+    """One block or several, whole groups or a short one; a rest of columns."""
     args = inputs(M, K, (21, 3), (1,), device, dtype=dtype)
     got = skinny_mms_fp8_triton(*args, dtype=dtype, blocks=Blocks(16, 256, True, False, 2, 3))
     assert_all_close(got, *args, dtype=dtype)

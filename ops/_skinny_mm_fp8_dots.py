@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from moe_compile.ops._skinny_mm_fp8_sums import GROUP, quantised_groups
-from moe_compile.ops._skinny_mm_sums import along_k, append
+from moe_compile.ops._skinny_mm_sums import append
 
 ARE_FASTER = False  # than sums? What blocks are chosen by, where nothing was measured for a shape.
 COLUMNS = tl.constexpr(8)  # the fewest of the right side
@@ -93,11 +93,14 @@ def rows_of_dots(  # type: ignore[no-untyped-def]
         squares = append(squares, tl.zeros([GROUPS, GROUP], tl.float32))
     norm = 0.0
     if NORM:
-        norm = along_k(norm_ptrs, k < K, False)
+        norm = tl.load(norm_ptrs, mask=k < K, other=0.0)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         has_group = groups * GROUP < K - start
         is_next = k < K - start - BLOCK_K
         next_xs, qs, scales, added, added_squares = (), (), (), (), ()
+        if NORM:
+            norm_ptrs += BLOCK_K
+            next_norm = tl.load(norm_ptrs, mask=is_next, other=0.0)
         for m in tl.static_range(ROWS):
             next_x = tl.load(x_ptrs + m * stride_xm + BLOCK_K, mask=is_next, other=0.0)
             next_xs = append(next_xs, next_x)
@@ -109,7 +112,7 @@ def rows_of_dots(  # type: ignore[no-untyped-def]
                 x = xs[m].to(tl.float32)  # type: ignore[var-annotated]
                 if NORM:
                     added_squares = append(added_squares, squares[m] + x * x)
-                    x *= norm
+                    x *= norm.to(tl.float32)
                 q, scale = quantised_row(
                     x, w_ptr.dtype.element_ty, amax_floor, POWER_OF_TWO, DIVIDE, INTERPRETED
                 )
@@ -125,9 +128,7 @@ def rows_of_dots(  # type: ignore[no-untyped-def]
         for m in tl.static_range(ROWS):
             added = append(added, sums[m] + products(qs[m], w, scales[m] * ws, INTERPRETED))
         if NORM:
-            norm = along_k(norm_ptrs + BLOCK_K, is_next, False)
-            squares = added_squares
-            norm_ptrs += BLOCK_K
+            norm, squares = next_norm, added_squares
         xs, sums = next_xs, added
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K

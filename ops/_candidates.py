@@ -116,7 +116,8 @@ _DOWN_FP8 = [
 ]
 # On tensor cores: groups of all experts in one step, columns, warps, stages.
 _DOWN_DOTS = [(8, 16, w, s) for w, s in [(4, 3), (4, 4), (4, 6), (8, 4), (8, 6)]]
-_DOWN_DOTS += [(4, 16, 4, 6), (16, 16, 8, 3), (16, 16, 8, 4), (8, 32, 8, 3), (8, 8, 4, 6)]
+_DOWN_DOTS += [(4, 16, 4, 6), (16, 16, 4, 3), (16, 16, 8, 3), (16, 16, 8, 4), (8, 8, 4, 6)]
+_DOWN_DOTS += [(8, 32, 4, 3), (8, 32, 8, 3), (8, 32, 8, 4)]
 
 
 def experts_up(kind: Kind, sizes: Sizes, analytic: Any) -> list[GroupedBlocks]:

@@ -114,6 +114,10 @@ _DOWN_FP8 = [
         *[(256, 8, 4, 3), (256, 16, 8, 3), (512, 8, 4, 3), (512, 4, 4, 3), (1024, 4, 4, 3)],
     ]
 ]
+# On tensor cores: groups of all experts in one step, columns, warps, stages.
+_DOWN_DOTS = [(8, 16, w, s) for w, s in [(4, 3), (4, 4), (4, 6), (8, 4), (8, 6)]]
+_DOWN_DOTS += [(4, 16, 4, 6), (16, 16, 4, 3), (16, 16, 8, 3), (16, 16, 8, 4), (8, 8, 4, 6)]
+_DOWN_DOTS += [(8, 32, 4, 3), (8, 32, 8, 3), (8, 32, 8, 4)]
 
 
 def experts_up(kind: Kind, sizes: Sizes, analytic: Any) -> list[GroupedBlocks]:
@@ -125,7 +129,13 @@ def experts_up_fp8(kind: Kind, sizes: Sizes, analytic: Any) -> list[GroupedBlock
 
 
 def experts_down(kind: Kind, sizes: Sizes, analytic: Any) -> list[FewBlocks]:
-    return _DOWN_FP8 if kind[1] else _DOWN
+    return _DOWN_FP8 + experts_down_dots(kind[2]) if kind[1] else _DOWN
+
+
+def experts_down_dots(K: int) -> list[FewBlocks]:
+    experts = 1 << (K - 1).bit_length()
+    found = [(128 * g // experts, o, w, s) for g, o, w, s in _DOWN_DOTS if g >= experts]
+    return [FewBlocks(f, o, w, s, True) for f, o, w, s in found]
 
 
 # One row in a tile, without tensor cores; by whether the weight is contiguous along H.

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops import _skinny_mm_fp8_dots
+from moe_compile.ops._experts_down_fp8 import requantized, sum_by_dots
 from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks, launch_gate_up
 from moe_compile.ops._gated import rounded
 from moe_compile.ops._grouped_mm_blocks import Blocks
@@ -22,18 +24,21 @@ from moe_compile.ops._grouped_mm_fp8_kernel import launch as launch_fp8
 from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops._grouped_mm_kernel import launch as launch_grouped_mm
 from moe_compile.ops._overlap import overlap, wait_for_previous
-from moe_compile.ops._quant_kernel import quantized, to_e4m3
 from moe_compile.ops._skinny_mm_fp8_kernel import is_division_needed
 from moe_compile.ops._tuned_kernels import EXPERTS_DOWN, EXPERTS_UP, EXPERTS_UP_FP8
 
 
 class FewBlocks(NamedTuple):
-    """Features and columns of one program of `down_combine_kernel`, and how Triton compiles it."""
+    """Features and columns of one program of `down_combine_kernel`, and how Triton compiles it.
+
+    dot: in float8, on tensor cores, which want 16 columns.
+    """
 
     f: int
     o: int
     warps: int
     stages: int
+    dot: bool = False
 
 
 # One H200, benchmarks/sweep_experts.py, one token, us of both kernels: Mixtral 170 with these, 176
@@ -55,6 +60,8 @@ def choose_few_blocks(F: int, K: int, fp8: bool) -> FewBlocks:
 
     Measured with (16, 256, 4, 3) before, in float8 with (16, 64, 4, 4).
     """
+    if fp8 and _skinny_mm_fp8_dots.ARE_FASTER:
+        return FewBlocks(max(128, 1024 // K), 16, 4, 6, True)
     if fp8 and K <= 2:  # Mixtral 97.9, 102 with (512, 8), 186 with (128, 8)
         return FewBlocks(1024, 4, 4, 3)
     if fp8:  # behind `gate_up_fp8`, Qwen3 19.2 with (256, 8), 21.1 with (128, 8)
@@ -69,15 +76,15 @@ def choose_blocks_up_fp8(F: int) -> Blocks:
 
 
 @triton.jit
-def down_combine_kernel(  # type: ignore[no-untyped-def]
+def _sum_of_sums(  # type: ignore[no-untyped-def]
     h_ptr,
     ids_ptr,
     weights_ptr,
     w_ptr,
     ws_ptr,
     bias_ptr,
-    residual_ptr,
-    out_ptr,
+    token,
+    cols,
     E,
     F,
     C,
@@ -85,14 +92,12 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     stride_wo,
     stride_wse,
     stride_wsk,
-    stride_wsg,
     amax_floor,
     FP8: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     DIVIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -100,12 +105,8 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     STAGES: tl.constexpr,
     FOLD: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
-    num_columns = tl.cdiv(C, BLOCK_O)
-    token = (tl.program_id(0) // num_columns).to(tl.int64)
-    cols = (tl.program_id(0) % num_columns) * BLOCK_O + tl.arange(0, BLOCK_O)
+    """Of one token, the sum over its experts of these columns, on CUDA cores."""
     k = tl.arange(0, BLOCK_K)
     expert = tl.load(ids_ptr + token * K + k, mask=k < K, other=-1).to(tl.int64)
     owned = (expert >= 0) & (expert < E)
@@ -116,13 +117,10 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     w_ptrs += cols.to(tl.int64)[None, None, :] * stride_wo
     h_mask = owned[:, None, None]
     w_mask = h_mask & (cols < C)[None, None, :]
-    if FP8:  # BLOCK_O divides 128: a scale for each expert and group of features
-        column = ((tl.program_id(0) % num_columns) * BLOCK_O) // 128
+    if FP8:
         groups = tl.arange(0, BLOCK_F // 128)
-        ws_ptrs = ws_ptr + (expert * stride_wse + column * stride_wsg)[:, None]
+        ws_ptrs = ws_ptr + (expert * stride_wse)[:, None]
         ws_ptrs += groups[None, :] * stride_wsk
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + token * C + cols, mask=cols < C).to(tl.float32)
     # Of each FOLD neighbours along F, which one thread has read at once, it keeps one sum.
     sums = tl.zeros([BLOCK_K, BLOCK_F // FOLD, BLOCK_O], tl.float32)
     for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
@@ -151,28 +149,71 @@ def down_combine_kernel(  # type: ignore[no-untyped-def]
     if HAS_BIAS:
         bias_ptrs = bias_ptr + expert[:, None] * C + cols[None, :]
         y += tl.load(bias_ptrs, mask=owned[:, None] & (cols < C)[None, :], other=0.0).to(tl.float32)
-    out = tl.sum(tl.where(owned, weight, 0.0)[:, None] * y, 0)
+    return tl.sum(tl.where(owned, weight, 0.0)[:, None] * y, 0)
+
+
+@triton.jit
+def down_combine_kernel(  # type: ignore[no-untyped-def]
+    h_ptr,
+    ids_ptr,
+    weights_ptr,
+    w_ptr,
+    ws_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    E,
+    F,
+    C,
+    stride_we,
+    stride_wo,
+    stride_wse,
+    stride_wsk,
+    stride_wsg,
+    amax_floor,
+    FP8: tl.constexpr,
+    DOT: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    EVEN: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    STAGES: tl.constexpr,
+    FOLD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    num_columns = tl.cdiv(C, BLOCK_O)
+    token = (tl.program_id(0) // num_columns).to(tl.int64)
+    cols = (tl.program_id(0) % num_columns) * BLOCK_O + tl.arange(0, BLOCK_O)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + token * C + cols, mask=cols < C).to(tl.float32)
+    if FP8:  # BLOCK_O divides 128: a scale for each expert and group of features
+        ws_ptr += (((tl.program_id(0) % num_columns) * BLOCK_O) // 128) * stride_wsg
+    if DOT:
+        tl.static_assert(not HAS_BIAS)
+        out = sum_by_dots(
+            h_ptr + token * K * F, ids_ptr + token * K, weights_ptr + token * K,
+            w_ptr + cols.to(tl.int64) * stride_wo, cols < C, ws_ptr, E, F,
+            stride_we, stride_wse, stride_wsk, amax_floor, POWER_OF_TWO, DIVIDE, INTERPRETED,
+            EVEN, K, BLOCK_K, BLOCK_F, BLOCK_O, STAGES,
+        )  # fmt: skip
+    else:
+        out = _sum_of_sums(
+            h_ptr, ids_ptr, weights_ptr, w_ptr, ws_ptr, bias_ptr, token, cols, E, F, C,
+            stride_we, stride_wo, stride_wse, stride_wsk, amax_floor,
+            FP8, POWER_OF_TWO, DIVIDE, INTERPRETED, HAS_BIAS, EVEN,
+            K, BLOCK_K, BLOCK_F, BLOCK_O, STAGES, FOLD,
+        )  # fmt: skip
     out = rounded(out, out_ptr.dtype.element_ty, True, INTERPRETED)
     if HAS_RESIDUAL:
         out = rounded(out + residual, out_ptr.dtype.element_ty, True, INTERPRETED)
     tl.store(out_ptr + token * C + cols, out, mask=cols < C)
-
-
-@triton.jit
-def requantized(  # type: ignore[no-untyped-def]
-    h,
-    ws,
-    dtype,
-    amax_floor,
-    POWER_OF_TWO: tl.constexpr,
-    DIVIDE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """h [K, F, 1] as float8 keeps its groups of 128, times the scales ws [K, F // 128]."""
-    groups = tl.reshape(h, [h.shape[0], h.shape[1] // 128, 128])
-    q, scale = quantized(groups, amax_floor, 0.0, POWER_OF_TWO, False, False, DIVIDE, INTERPRETED)
-    q = to_e4m3(q, dtype, INTERPRETED).to(tl.float32)
-    return tl.reshape(q * (scale * ws)[:, :, None], h.shape)
 
 
 def launch_few(
@@ -290,6 +331,7 @@ def launch_down(
         *((0, 0, 0) if w_scale is None else w_scale.stride()),
         quantisation[0],
         FP8=fp8,
+        DOT=fp8 and blocks.dot,
         POWER_OF_TWO=quantisation[1],
         DIVIDE=not h_RF.is_cuda or is_division_needed(quantisation[0]),
         INTERPRETED=not h_RF.is_cuda,

@@ -2,11 +2,17 @@ import pytest
 import torch
 from float8 import gemm_inputs, scales
 
-from moe_compile.ops import moe
-from moe_compile.ops._experts_kernel import FewBlocks, are_few, launch_few_fp8
-from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks
+from moe_compile.ops import _skinny_mm_fp8_dots, moe
+from moe_compile.ops._experts_kernel import (
+    FewBlocks,
+    are_few,
+    choose_few_blocks,
+    launch_few_fp8,
+)
+from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks, choose_gate_up_blocks
 from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_kernel import Gate
+from moe_compile.ops._skinny_mm_fp8_kernel import choose_blocks
 from moe_compile.ops.experts_fp8 import experts_fp8, experts_fp8_reference, experts_fp8_triton
 
 FUNCTIONS = [experts_fp8, experts_fp8_triton]
@@ -69,8 +75,15 @@ def test_quantises_x(fn, shape, device):
     assert_close_layer(fn(x, None, *rest), *q, *rest)
 
 
+ANY_BLOCKS = {
+    "sums": (GateUpBlocks(32, 512, 1, 2), FewBlocks(128, 8, 2, 2)),
+    "dots": (GateUpBlocks(64, 256, 2, 3, True), FewBlocks(256, 16, 2, 3, True)),
+}
+
+
+@pytest.mark.parametrize("blocks", ANY_BLOCKS)
 @pytest.mark.parametrize("attributes", ATTRIBUTES)
-def test_quantises_x_with_any_blocks(attributes, device):
+def test_quantises_x_with_any_blocks(attributes, blocks, device):
     """H of 200 has a short group; one id is of no expert."""
     T, H, out = 2, 200, 24
     how = ATTRIBUTES[attributes]
@@ -82,7 +95,7 @@ def test_quantises_x_with_any_blocks(attributes, device):
     gate = Gate(False, how.get("alpha", 1.0), how.get("limit"), how.get("up_shift", 0.0))
     gate = gate._replace(round_silu=how.get("round_silu", False))
     quantisation = how.get("amax_floor", 1e-10), how.get("power_of_two", False)
-    up, down = GateUpBlocks(32, 512, 1, 2), FewBlocks(128, 8, 2, 2)
+    up, down = ANY_BLOCKS[blocks]
     got = torch.empty(T, out, device=device, dtype=torch.float16)
     launch_few_fp8(
         x, None, ids, weights, w[:2], w[2:], got, got.dtype, gate, quantisation, up, down
@@ -100,6 +113,37 @@ def test_a_residual_is_added_to_what_was_rounded(shape, fn, device):
     assert torch.equal(fn(*args, **{name: residual}), out + residual)
     with pytest.raises(ValueError, match="experts_fp8: expected residual in the result's"):
         fn(*args, **{name: residual.float()})
+
+
+@pytest.mark.parametrize("are_faster", [False, True])
+def test_one_constant_chooses_dots(are_faster, monkeypatch):
+    monkeypatch.setattr(_skinny_mm_fp8_dots, "ARE_FASTER", are_faster)
+    for F, K in (768, 8), (14336, 2):
+        assert choose_gate_up_blocks(F).dot == choose_few_blocks(F, K, True).dot == are_faster
+        assert not choose_few_blocks(F, K, False).dot
+    assert choose_blocks(1, 2048, 5120).dot == are_faster
+
+
+DOTS = [(1, torch.bfloat16), (2, torch.float16), (4, torch.float32)]
+
+
+@pytest.mark.parametrize(("T", "dtype"), DOTS, ids=str)
+def test_dots(T, dtype, device):
+    """Experts that are no power of two, steps that leave a rest, weights that are parts."""
+    K, E, H, F, out = 3, 12, 320, 384, 24
+    _, _, ids, weights, *w = inputs((T, K, E, H, F, out), device)
+    ids[0, 0] = E
+    ids[-1, 2] = -7
+    x, q = unquantised((T, K, E, H), device, {})
+    x = x.to(torch.float32)
+    w[0] = torch.cat((w[0].mT, w[0].mT), 2)[..., :H].mT
+    w[2] = torch.cat((w[2].mT, w[2].mT))[E:].mT
+    up, down = GateUpBlocks(128, 256, 4, 2, True), FewBlocks(256, 16, 4, 2, True)
+    got = torch.empty(T, out, device=device, dtype=dtype)
+    how = dtype, Gate(), (1e-10, False), up, down
+    residual = torch.randn_like(got) if T > 1 else None
+    launch_few_fp8(x, None, ids, weights, w[:2], w[2:], got, *how, residual_TO=residual)
+    assert_close_layer(got, *q, ids, weights, *w, dtype=dtype, residual_TO=residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -121,9 +165,11 @@ def test_no_experts_and_short_blocks_over_a_least_amax_of_zero(device):
     args = inputs((2, 2, 16, 200, 128, 24), device)
     args[2][0, 1] = -1
     x = torch.randn(2, 200, device=device).bfloat16()
-    for given in (args[:2], (x, None)):
+    dots = GateUpBlocks(16, 256, 2, 2, True), FewBlocks(512, 16, 4, 2, True)
+    sums = None, FewBlocks(512, 8, 2, 2)
+    for given, blocks in ((args[:2], sums), ((x, None), sums), ((x, None), dots)):
         out = torch.empty(2, 24, device=device, dtype=x.dtype)
-        how = out.dtype, Gate(), (0.0, False), None, FewBlocks(512, 8, 2, 2)
+        how = out.dtype, Gate(), (0.0, False), *blocks
         launch_few_fp8(*given, *args[2:4], args[4:6], args[6:], out, *how)
         assert_close_layer(out, *given, *args[2:], amax_floor=0.0)
 

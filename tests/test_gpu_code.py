@@ -169,7 +169,7 @@ def blocks_fp8(m, n, group, stages, **constants):
 def down_combine(k, f, o, stages, **constants):
     """The constants of `down_combine_kernel`."""
     shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
-    flags = {"HAS_BIAS": True, "EVEN": True, "FP8": False, "POWER_OF_TWO": False}
+    flags = {"HAS_BIAS": True, "EVEN": True, "FP8": False, "DOT": False, "POWER_OF_TWO": False}
     flags |= {"DIVIDE": False, "HAS_RESIDUAL": True, "INTERPRETED": False, "FOLD": 8}
     return {**shape, **flags, **constants}
 
@@ -216,7 +216,7 @@ def gate_up_fp8(f, k, stages, **constants):
     """The constants of `gate_up_fp8_kernel`."""
     shape = {"BLOCK_F": f, "BLOCK_K": k, "STAGES": stages, "FOLD": 16, "EVEN_H": True}
     flags = {"HAS_LIMIT": False, "ROUND_SILU": True, "POWER_OF_TWO": False, "DIVIDE": False}
-    return {**shape, **flags, "INTERPRETED": False, **constants}
+    return {**shape, **flags, "INTERPRETED": False, "DOT": False, **constants}
 
 
 KERNELS = {  # module, kernel, types, constants, warps
@@ -289,6 +289,12 @@ KERNELS = {  # module, kernel, types, constants, warps
         "down_combine",
         {**DOWN_COMBINE, "w_ptr": "*fp8e4nv"},
         down_combine(8, 128, 8, 3, FP8=True, FOLD=16, HAS_BIAS=False),
+        4,
+    ),
+    "down_combine of float8 by dots": (
+        "down_combine",
+        {**DOWN_COMBINE, "w_ptr": "*fp8e4nv"},
+        down_combine(8, 128, 16, 4, FP8=True, DOT=True, HAS_BIAS=False, EVEN=False),
         4,
     ),
     "down_combine of Mixtral": ("down_combine", DOWN_COMBINE, down_combine(2, 512, 8, 3), 4),
@@ -388,6 +394,18 @@ KERNELS = {  # module, kernel, types, constants, warps
         skinny_fp8(4, 4, 512, False, False, 3, EVEN_K=False, POWER_OF_TWO=True, DIVIDE=True),
         1,
     ),
+    "skinny_mm_fp8 of one row by dots": (
+        "skinny_mm_fp8",
+        SKINNY_FP8,
+        skinny_fp8(1, 16, 1024, 1, 0, 3, NORM=True),
+        4,
+    ),
+    "skinny_mm_fp8 of four rows by dots, a short group": (
+        "skinny_mm_fp8",
+        SKINNY_FP8,
+        skinny_fp8(4, 16, 1024, 1, 0, 3, EVEN_K=False, DIVIDE=True),
+        8,
+    ),
     "skinny_mm_fp8 of many rows": (
         "skinny_mm_fp8",
         SKINNY_FP8,
@@ -425,6 +443,7 @@ KERNELS = {  # module, kernel, types, constants, warps
         4,
     ),
     "gate_up_fp8 of Qwen3": ("gate_up_fp8", GATE_UP_FP8, gate_up_fp8(8, 1024, 3), 2),
+    "gate_up_fp8 by dots": ("gate_up_fp8", GATE_UP_FP8, gate_up_fp8(16, 1024, 3, DOT=True), 4),
     "gate_up_fp8 with a short group": (
         "gate_up_fp8",
         GATE_UP_FP8,

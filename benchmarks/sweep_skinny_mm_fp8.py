@@ -31,14 +31,6 @@ LAYERS = {
 # A warp reads 512 of K at once: columns, warps, stages.
 SUMS = [(2, 4, 3), (4, 1, 6), (4, 2, 3), (4, 4, 2), (4, 8, 2), (8, 1, 4), (8, 2, 2), (8, 2, 3)]
 SUMS += [(8, 4, 2), (8, 4, 3), (8, 8, 2), (16, 1, 3), (16, 1, 4), (16, 2, 3)]
-# Groups side by side on tensor cores: columns, groups, warps, stages.
-SIDE_BY_SIDE = [(16, 4, 4, s) for s in (3, 4, 6)] + [(16, 8, 4, 3), (16, 8, 4, 4), (16, 2, 2, 6)]
-SIDE_BY_SIDE += [(16, 8, 8, s) for s in (2, 3, 4)] + [
-    (16, 16, 8, 2),
-    (16, 16, 8, 3),
-    (16, 16, 16, 3),
-]
-SIDE_BY_SIDE += [(32, 4, 4, 3), (32, 8, 8, 3), (8, 8, 4, 3), (8, 8, 8, 3), (8, 16, 8, 3)]
 AHEAD = [(4, 4, 2), (8, 2, 3), (8, 4, 2)]
 DOT = [
     (8, 4, 8),
@@ -61,7 +53,6 @@ def candidates(layer: Dense, M: int) -> list[Blocks]:
     else:
         found += [Blocks(n, 512 * w, False, False, w, s) for n, w, s in SUMS]
         found += [Blocks(n, 512 * w, False, True, w, s) for n, w, s in (AHEAD if M > 1 else [])]
-        found += [Blocks(n, 128 * g, True, False, w, s) for n, g, w, s in SIDE_BY_SIDE]
     now = choose_blocks(M, layer.K, sum(layer.Ns))
     fitting = [b for b in found if b.k < 2 * layer.K and sum(layer.Ns) >= 8 * b.n]
     return list(dict.fromkeys([now, *fitting]))
@@ -99,11 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     # What makes a kernel another one: rows where each has its sums, weights, and whether K is even.
     jobs = {
-        (0 if b.dot and b.k == 128 else M, len(LAYERS[n].Ns), LAYERS[n].K % b.k == 0, b): (
-            M,
-            LAYERS[n],
-            b,
-        )
+        (0 if b.dot else M, len(LAYERS[n].Ns), LAYERS[n].K % b.k == 0, b): (M, LAYERS[n], b)
         for n in args.layers
         for M in args.rows
         for b in candidates(LAYERS[n], M)

@@ -1,14 +1,14 @@
 """What `down_combine_kernel` does in float8: rows quantised as it comes to them, and products.
 
 On tensor cores all groups of 128 of all of a token's experts are products by themselves
-(`_skinny_mm_fp8_dots.py`), so that a group's scale can hold its expert's weight, too.
+(`_dots_fp8.py`), so that a group's scale can hold its expert's weight, too.
 """
 
 import triton
 import triton.language as tl
 
+from moe_compile.ops._dots_fp8 import COLUMNS, added_up, products, quantised_row
 from moe_compile.ops._quant_kernel import quantized, to_e4m3
-from moe_compile.ops._skinny_mm_fp8_dots import COLUMNS, added_up, products, quantised_row
 from moe_compile.ops._skinny_mm_fp8_sums import GROUP
 
 

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_compile.ops import _skinny_mm_fp8_dots
 from moe_compile.ops._experts_down_fp8 import requantized, sum_by_dots
 from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks, launch_gate_up
 from moe_compile.ops._gated import rounded
@@ -60,12 +59,12 @@ def choose_few_blocks(F: int, K: int, fp8: bool) -> FewBlocks:
 
     Measured with (16, 256, 4, 3) before, in float8 with (16, 64, 4, 4).
     """
-    if fp8 and _skinny_mm_fp8_dots.ARE_FASTER:
-        return FewBlocks(max(128, 1024 // K), 16, 4, 6, True)
-    if fp8 and K <= 2:  # Mixtral 97.9, 102 with (512, 8), 186 with (128, 8)
-        return FewBlocks(1024, 4, 4, 3)
-    if fp8:  # behind `gate_up_fp8`, Qwen3 19.2 with (256, 8), 21.1 with (128, 8)
-        return FewBlocks(256 if F <= 1024 else 128, 8, 4, 3)
+    if fp8 and K <= 2:  # Mixtral 91.0, by sums with (1024, 4) 95.4
+        return FewBlocks(512, 16, 4, 3, True)
+    if fp8 and F > 1024:  # DeepSeek-V3 93.1, by sums with (128, 8) 97.5; with gate and up's 90.5
+        return FewBlocks(128, 16, 4, 3, True)
+    if fp8:  # Qwen3 16.3, by dots with (256, 16) 16.5
+        return FewBlocks(256, 8, 4, 3)
     # Qwen3 22.6 with 2 stages; Mixtral 166 with 3, 171 with 2; DeepSeek-V3 165 with either.
     return FewBlocks(256, 4, 8, 2 if F <= 1024 else 3)
 

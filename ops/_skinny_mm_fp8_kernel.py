@@ -17,12 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_compile.ops import _skinny_mm_fp8_dots
 from moe_compile.ops._gated import rounded
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._quant_kernel import FP8, LARGEST
 from moe_compile.ops._quant_kernel import launch as launch_quant
-from moe_compile.ops._skinny_mm_fp8_dots import rows_of_dots
 from moe_compile.ops._skinny_mm_fp8_sums import GROUP, rows_by_dot, rows_of_sums
 from moe_compile.ops._skinny_mm_kernel import MOST_ROWS, MOST_ROWS_OF_SUMS, SMS, Norm
 from moe_compile.ops._skinny_mm_sums import append
@@ -40,8 +38,7 @@ FLOORS = (1e-20, 1e-8)
 class Blocks(NamedTuple):
     """Columns and depth of one program, and how Triton compiles it.
 
-    dot: on tensor cores; one group deep for up to 16 rows, deeper row by row, groups side by side.
-    ahead: x is quantised by a kernel of its own.
+    dot: on tensor cores, one group deep. ahead: x is quantised by a kernel of its own.
     """
 
     n: int
@@ -64,8 +61,6 @@ def choose_blocks(M: int, K: int, N: int) -> Blocks:
     if M > MOST_ROWS_OF_SUMS:
         n = 1 << max(0, (N // (2 * SMS)).bit_length() - 1)  # the widest for two programs an SM
         return Blocks(max(8, min(n, 32)), 128, True, True, 4, 6)
-    if _skinny_mm_fp8_dots.ARE_FASTER:
-        return Blocks(16, 1024, True, False, 8, 3)
     n = 1 << max(0, (N // 240).bit_length() - 1)  # not quite two
     warps = _warps(K)
     stages = min(3, 1 + triton.cdiv(K, 512 * warps))
@@ -126,8 +121,7 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    BY_TILE: tl.constexpr = DOT and BLOCK_K == GROUP
-    tl.static_assert(not (NORM and (BY_TILE or AHEAD)))
+    tl.static_assert(not (NORM and (DOT or AHEAD)))
     # The programs of a weight come after those of the weights before it.
     program = tl.program_id(0)
     zero = tl.full([], 0, tl.int64)  # makes a tensor of what Triton knows to be 1
@@ -144,15 +138,14 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
     cols = column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     dtype = y_ptr.dtype.element_ty
-    w_column = w_ptr + cols * stride_w
-    w_ptrs = k[:, None] + w_column[None, :]
+    w_ptrs = w_ptr + k[:, None] + cols[None, :] * stride_w
     w_mask = (cols < N)[None, :]
     ws_ptr += (column // GROUP) * tl.cdiv(K, GROUP)
     wait_for_previous(PDL)
     bias = tl.zeros([BLOCK_N], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + cols, mask=cols < bias_N, other=0.0).to(tl.float32)
-    if BY_TILE:
+    if DOT:
         m = tl.arange(0, ROWS)[:, None]
         residual = 0.0
         if HAS_RESIDUAL:
@@ -173,18 +166,11 @@ def skinny_mm_fp8_kernel(  # type: ignore[no-untyped-def]
             if HAS_RESIDUAL:
                 residual = tl.load(residual_ptr + m * N + cols, mask=cols < N).to(tl.float32)
             residuals = append(residuals, residual)
-        if DOT:
-            rows = rows_of_dots(
-                x_ptr, xs_ptr, norm_ptr, w_column, ws_ptr, cols < N, K, stride_xm + zero,
-                amax_floor, eps, NORM, AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED,
-                EVEN_K, ROWS, BLOCK_N, BLOCK_K, STAGES,
-            )  # fmt: skip
-        else:
-            rows = rows_of_sums(
-                x_ptr + k[:, None], xs_ptr, norm_ptr + k[:, None], w_ptrs, ws_ptr, w_mask, K,
-                stride_xm + zero, amax_floor, eps, NORM, AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED,
-                EVEN_K, ROWS, FOLD, BLOCK_N, BLOCK_K, STAGES,
-            )  # fmt: skip
+        rows = rows_of_sums(
+            x_ptr + k[:, None], xs_ptr, norm_ptr + k[:, None], w_ptrs, ws_ptr, w_mask, K,
+            stride_xm + zero, amax_floor, eps, NORM, AHEAD, POWER_OF_TWO, DIVIDE, INTERPRETED,
+            EVEN_K, ROWS, FOLD, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
         for m in tl.static_range(ROWS):
             y_at = y_ptr + m * N + cols
             y = _stored(rows[m] + bias, residuals[m], dtype, HAS_RESIDUAL, INTERPRETED)
@@ -270,7 +256,7 @@ def launch(
         INTERPRETED=not x.is_cuda,  # only the interpreter runs on the CPU
         EVEN_K=K % blocks.k == 0,
         DOT=blocks.dot,
-        ROWS=MOST_ROWS if blocks.dot and blocks.k == 128 else M,
+        ROWS=MOST_ROWS if blocks.dot else M,
         FOLD=READ_AT_ONCE,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,

@@ -2,17 +2,11 @@ import pytest
 import torch
 from float8 import gemm_inputs, scales
 
-from moe_compile.ops import _skinny_mm_fp8_dots, moe
-from moe_compile.ops._experts_kernel import (
-    FewBlocks,
-    are_few,
-    choose_few_blocks,
-    launch_few_fp8,
-)
-from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks, choose_gate_up_blocks
+from moe_compile.ops import moe
+from moe_compile.ops._experts_kernel import FewBlocks, are_few, launch_few_fp8
+from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks
 from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_kernel import Gate
-from moe_compile.ops._skinny_mm_fp8_kernel import choose_blocks
 from moe_compile.ops.experts_fp8 import experts_fp8, experts_fp8_reference, experts_fp8_triton
 
 FUNCTIONS = [experts_fp8, experts_fp8_triton]
@@ -113,15 +107,6 @@ def test_a_residual_is_added_to_what_was_rounded(shape, fn, device):
     assert torch.equal(fn(*args, **{name: residual}), out + residual)
     with pytest.raises(ValueError, match="experts_fp8: expected residual in the result's"):
         fn(*args, **{name: residual.float()})
-
-
-@pytest.mark.parametrize("are_faster", [False, True])
-def test_one_constant_chooses_dots(are_faster, monkeypatch):
-    monkeypatch.setattr(_skinny_mm_fp8_dots, "ARE_FASTER", are_faster)
-    for F, K in (768, 8), (14336, 2):
-        assert choose_gate_up_blocks(F).dot == choose_few_blocks(F, K, True).dot == are_faster
-        assert not choose_few_blocks(F, K, False).dot
-    assert choose_blocks(1, 2048, 5120).dot == are_faster
 
 
 DOTS = [(1, torch.bfloat16), (2, torch.float16), (4, torch.float32)]

@@ -394,18 +394,6 @@ KERNELS = {  # module, kernel, types, constants, warps
         skinny_fp8(4, 4, 512, False, False, 3, EVEN_K=False, POWER_OF_TWO=True, DIVIDE=True),
         1,
     ),
-    "skinny_mm_fp8 of one row by dots": (
-        "skinny_mm_fp8",
-        SKINNY_FP8,
-        skinny_fp8(1, 16, 1024, 1, 0, 3, NORM=True),
-        4,
-    ),
-    "skinny_mm_fp8 of four rows by dots, a short group": (
-        "skinny_mm_fp8",
-        SKINNY_FP8,
-        skinny_fp8(4, 16, 1024, 1, 0, 3, EVEN_K=False, DIVIDE=True),
-        8,
-    ),
     "skinny_mm_fp8 of many rows": (
         "skinny_mm_fp8",
         SKINNY_FP8,

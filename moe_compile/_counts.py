@@ -73,15 +73,12 @@ def take_counts(
     int64; other devices, and graphs on several; graphs for a backward, which may keep ints for it.
     """
     graph = gm.graph
-    if not how.get("is_inference"):
+    placeholders = graph.find_nodes(op="placeholder")
+    if not (how.get("is_inference") and any(map(_is_int, placeholders))):
         return lambda compiled: compiled
     symbols = _free_symbols(graph)
     takers = [node for node in graph.nodes if _is_taker(node) and _symbols(node.args[1]) <= symbols]
-    counts = {
-        p: i
-        for i, p in enumerate(graph.find_nodes(op="placeholder"))
-        if _is_int(p) and _symbols(p) <= symbols
-    }
+    counts = {p: i for i, p in enumerate(placeholders) if _is_int(p) and _symbols(p) <= symbols}
     if not counts or len({val(args(node)[0]).device for node in takers}) > 1:
         return lambda compiled: compiled
     next_counts, outputs = _take_out(graph, counts)

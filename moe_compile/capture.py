@@ -14,7 +14,7 @@ from torch._inductor.virtualized import V
 
 from moe_compile._counts import take_counts
 from moe_compile._facts import facts_of, place_inputs
-from moe_compile.passes._graph import clean, mark_parameter
+from moe_compile.passes._graph import mark_parameter
 from moe_compile.pipeline import cache_key
 
 
@@ -29,7 +29,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any], how: Mapping[st
         fake_tensor_prop(gm, list(example_inputs))
     if how.get("is_inference") and inductor_config.reorder_for_locality:
         reorder_for_locality(gm.graph)
-    clean(gm.graph)
+    gm.graph.eliminate_dead_code()
     placeholders = gm.graph.find_nodes(op="placeholder")
     for index, unfit in _parameters(len(placeholders), how).items():
         mark_parameter(placeholders[index], unfit)

@@ -56,11 +56,20 @@ def capture_all(
 
 
 def run_passes(gm: fx.GraphModule, *passes: Pass) -> list[Outcome]:
-    """Run passes as the backend does, in place; all of PASSES when none is named."""
+    """Run passes as the backend does, in place; all of PASSES when none is named.
+
+    After each the graph is checked, and that a pass which changed it says so: the backend checks
+    once, and takes a pass at its word.
+    """
     outcomes = []
+    clean(gm.graph)
     for pass_ in passes or PASSES:
+        before = len(gm.graph.nodes)
         outcomes.append(pass_(gm.graph))
-        clean(gm.graph)
+        is_changed = outcomes[-1].rewrites or len(gm.graph.nodes) != before
+        has_dead = gm.graph.eliminate_dead_code()
+        assert is_changed or not has_dead, f"{pass_} changed a graph without a rewrite"
+        gm.graph.lint()
     gm.recompile()
     return outcomes
 

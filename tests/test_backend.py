@@ -1,5 +1,6 @@
 """The backend on small models: values, options, gradients, recompiles."""
 
+import copy
 import logging
 
 import pytest
@@ -32,6 +33,27 @@ class Layer(nn.Module):
         y = torch.bmm(self.w2[flat], h.unsqueeze(-1)).squeeze(-1)
         y = y * scores.reshape(-1).unsqueeze(-1)
         return y.view(-1, K, H).sum(1)
+
+
+class Stack(nn.Module):
+    """Equal layers, each of which counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        for layer in self.layers:
+            layer.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = counted(layer, x)
+        return x
+
+
+@torch.compiler.nested_compile_region
+def counted(layer, x):
+    layer.calls.add_(1)
+    return nn.functional.layer_norm(x + layer(x) / layer.calls, [H])
 
 
 @pytest.fixture
@@ -199,3 +221,15 @@ def test_own_capture_replays_with_other_routing(layer, x):
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.testing.assert_close(out, layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_region_gets_the_passes_once_for_all_its_calls(x):
+    torch._dynamo.reset()
+    model = Stack().to(x.device)
+    with torch.no_grad():
+        report = explain(model, x)
+        assert report.counts["find_experts"] == 1
+        eager, compiled = copy.deepcopy(model), torch.compile(model, backend="moe_compile")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), eager(x))
+    assert [layer.calls.item() for layer in model.layers] == [3, 3, 3]

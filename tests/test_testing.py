@@ -6,6 +6,7 @@ from expecttest import assert_expected_inline
 from test_backend import H, Layer, T
 
 from moe_compile.passes import PASSES
+from moe_compile.passes._outcome import Outcome
 from moe_compile.testing import assert_documented, capture, capture_all, render, run_passes
 
 
@@ -90,3 +91,14 @@ def test_assert_documented_catches_a_stale_docstring():
 
     with pytest.raises(AssertionError, match="Before is"):
         assert_documented(stale, capture(lambda x: x + 1, torch.ones(2)))
+
+
+def test_a_pass_that_does_not_say_what_it_changed_is_caught():
+    def silent(graph):
+        (neg,) = graph.find_nodes(op="call_function", target=torch.ops.aten.neg.default)
+        neg.replace_all_uses_with(neg.args[0])
+        return Outcome()
+
+    gm = capture(lambda x: x.neg().exp(), torch.randn(3))
+    with pytest.raises(AssertionError, match=r"silent.* changed a graph without a rewrite"):
+        run_passes(gm, silent)

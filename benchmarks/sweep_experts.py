@@ -2,7 +2,8 @@
 
 The whole of `experts` for one token, and few: candidates from fastest to slowest beside the stages
 that it replaces and the time of reading the weights. With and without programmatic dependent
-launch. The choice is written into `ops/_experts_kernel.py` by hand, with the numbers.
+launch. The choice is written into `ops/_experts_kernel.py` by hand, with the numbers; that of
+weights whose columns are contiguous (gpt_oss, in bfloat16 alone) into `_experts_columns_kernel.py`.
 """
 
 import argparse
@@ -16,9 +17,8 @@ from bench_ops import LAYERS, microseconds, roofs, routings, weights
 from torch import Tensor
 
 from moe_compile.ops import _candidates, _experts_kernel, _overlap, moe
-from moe_compile.ops._experts_kernel import FewBlocks, launch_few, launch_few_fp8
+from moe_compile.ops._experts_kernel import launch_few, launch_few_fp8
 from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks
-from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_kernel import Gate
 
 # Of a kernel that quantises x, too: 8 to 32 KB of weights at a time.
@@ -29,7 +29,8 @@ GATE_UP += [GateUpBlocks(16, 512, 1, 3), GateUpBlocks(2, 2048, 4, 2), GateUpBloc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["qwen3", "mixtral", "deepseek_v3"])
+    models = ["qwen3", "mixtral", "deepseek_v3", "gpt_oss"]
+    parser.add_argument("--models", nargs="+", default=models[:3], choices=models)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     dtypes = ["bfloat16", "float8", "float8 of x quantised ahead"]
     parser.add_argument("--dtypes", nargs="+", default=dtypes[:2], choices=dtypes)
@@ -38,6 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     with torch.inference_mode():
         for model, dtype in itertools.product(args.models, args.dtypes):
+            if model == "gpt_oss" and dtype != "bfloat16":
+                continue
             for T in args.tokens:
                 sweep(model, T, dtype, args.experts, args.kernels)
                 torch.cuda.empty_cache()
@@ -54,12 +57,17 @@ def sweep(model: str, T: int, dtype: str, experts: int | None, kernels: list[str
     for logits in routings(layer, T, 16):
         pairs.append(moe.route(logits[:, : layer.E].contiguous(), layer.K, *layer.route))
     out = torch.empty_like(x)
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    gate = Gate()
+    if model == "gpt_oss":
+        biases = torch.zeros(layer.E, 2 * layer.F).to(x), torch.zeros(layer.E, layer.H).to(x)
+        gate = Gate(interleaved=True, alpha=1.702, limit=7.0, up_shift=1.0)
     read, _ = roofs()
     per_expert = sum((v[0] if fp8 else v)[0].nbytes for v in w)
     floor = sum(ids.unique().numel() for _, ids in pairs) / len(pairs) * per_expert / read
     print(f"{model} {dtype} T={T}: floor {floor:.2f} us", flush=True)
 
-    def time(up: Blocks | GateUpBlocks | None, down: FewBlocks | None) -> float:
+    def time(up: Any, down: Any) -> float:
         if fp8:
             q = moe.quant_fp8(x) if ahead else (x, None)
             calls = [
@@ -71,7 +79,7 @@ def sweep(model: str, T: int, dtype: str, experts: int | None, kernels: list[str
             ]  # fmt: skip
         else:
             calls = [
-                functools.partial(launch_few, x, ids, s, *w, out, None, None, Gate(), up, down)
+                functools.partial(launch_few, x, ids, s, *w, out, *biases, gate, up, down)
                 for s, ids in pairs
             ]
         return microseconds(calls * 2, 9)
@@ -84,6 +92,9 @@ def sweep(model: str, T: int, dtype: str, experts: int | None, kernels: list[str
     ups: Any = GATE_UP if fp8 and not ahead else up_of((), (), None)
     kind, sizes = (x.dtype, fp8, layer.K), (T, layer.F, layer.H)
     downs: Any = _candidates.experts_down(kind, sizes, None)
+    if not layer.h_contiguous:
+        ups = _candidates.experts_up_columns((), (), None)
+        downs = _candidates.experts_down_columns((x.dtype, layer.K), sizes, None)
     for name in kernels:
         found = []
         for one in ups if name == "up" else downs:
@@ -101,9 +112,15 @@ def without_overlap(x: Tensor, size: int = 0) -> dict[str, bool]:
 
 
 def _modules() -> list[Any]:
-    from moe_compile.ops import _gate_up_fp8_kernel, _grouped_mm_fp8_kernel, _grouped_mm_kernel
+    from moe_compile.ops import (
+        _experts_columns_kernel,
+        _gate_up_fp8_kernel,
+        _grouped_mm_fp8_kernel,
+        _grouped_mm_kernel,
+    )
 
-    return [_experts_kernel, _grouped_mm_kernel, _grouped_mm_fp8_kernel, _gate_up_fp8_kernel]
+    kernels = [_grouped_mm_kernel, _grouped_mm_fp8_kernel, _gate_up_fp8_kernel]
+    return [_experts_kernel, _experts_columns_kernel, *kernels]
 
 
 MODULES = _modules()

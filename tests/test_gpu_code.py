@@ -67,6 +67,7 @@ DOWN_COMBINE = {
     **{"bias_ptr": "*bf16", "residual_ptr": "*bf16", "out_ptr": "*bf16"},
     **{"E": "i32", "F": "i32", "C": "i32"},
     **{"stride_we": "i32", "stride_wo": "i32", "ws_ptr": "*fp32", "amax_floor": "fp32"},
+    "stride_wf": "i32",
     **{"stride_wse": "i32", "stride_wsk": "i32", "stride_wsg": "i32"},
 }
 ALL_REDUCE = {
@@ -90,6 +91,17 @@ GATE_UP_FP8 = {
     **{f"stride_{name}": "i32" for name in ("we", "wg", "wse", "wsk", "wsg")},
     **{name: "fp32" for name in ("alpha", "limit", "up_shift", "amax_floor")},
     "h_ptr": "*bf16",
+}
+UP_COLUMNS = {
+    **dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "h_ptr"), "*bf16"),
+    **{name: "i32" for name in ("E", "H", "F", "top_k", "stride_xt", "stride_we", "stride_wh")},
+    **{name: "fp32" for name in ("alpha", "limit", "up_shift")},
+    "ids_ptr": "*i64",
+}
+DOWN_COLUMNS = {
+    **{"h_ptr": "*bf16", "ids_ptr": "*i64", "weights_ptr": "*fp32", "w_ptr": "*bf16"},
+    **{"bias_ptr": "*bf16", "residual_ptr": "*bf16", "out_ptr": "*bf16"},
+    **{name: "i32" for name in ("E", "F", "C", "stride_we", "stride_wf")},
 }
 
 ATTEND = {
@@ -171,6 +183,20 @@ def down_combine(k, f, o, stages, **constants):
     shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
     flags = {"HAS_BIAS": True, "EVEN": True, "FP8": False, "POWER_OF_TWO": False}
     flags |= {"DIVIDE": False, "HAS_RESIDUAL": True, "INTERPRETED": False, "FOLD": 8}
+    return {**shape, **flags, **constants}
+
+
+def up_columns(f, k, stages, **constants):
+    """The constants of `up_columns_kernel`."""
+    shape = {"BLOCK_F": f, "BLOCK_K": k, "STAGES": stages, "EVEN_H": True}
+    flags = {"INTERLEAVED": True, "HAS_LIMIT": True, "HAS_BIAS": True, "INTERPRETED": False}
+    return {**shape, **flags, **constants}
+
+
+def down_columns(k, f, o, stages, **constants):
+    """The constants of `down_columns_kernel`."""
+    shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
+    flags = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "EVEN_F": True, "INTERPRETED": False}
     return {**shape, **flags, **constants}
 
 
@@ -292,6 +318,14 @@ KERNELS = {  # module, kernel, types, constants, warps
         4,
     ),
     "down_combine of Mixtral": ("down_combine", DOWN_COMBINE, down_combine(2, 512, 8, 3), 4),
+    "up_columns of gpt-oss": ("up_columns", UP_COLUMNS, up_columns(32, 64, 4), 4),
+    "up_columns of halves": (
+        "up_columns",
+        UP_COLUMNS,
+        up_columns(64, 32, 4, INTERLEAVED=False, EVEN_H=False),
+        4,
+    ),
+    "down_columns of gpt-oss": ("down_columns", DOWN_COLUMNS, down_columns(4, 64, 32, 4), 8),
     "quant": ("quant", QUANT, quant(), 4),
     "quant by division": ("quant", QUANT, quant(DIVIDE=True, POWER_OF_TWO=True), 4),
     "quant with epsilons": ("quant", QUANT, quant(AMAX_EPS=1e-12, SCALE_EPS=1e-12), 4),
@@ -515,6 +549,7 @@ MODULES = {
     "down_combine": "_experts_kernel",
     **{"skinny_mm": "_skinny_mm_kernel", "skinny_mm_fp8": "_skinny_mm_fp8_kernel"},
     "gate_up_fp8": "_gate_up_fp8_kernel",
+    **dict.fromkeys(("up_columns", "down_columns"), "_experts_columns_kernel"),
 }
 NAMED = (
     "route",
@@ -525,7 +560,7 @@ NAMED = (
     "down_combine",
     "skinny_mm",
 )
-NAMED += ("skinny_mm_fp8", "gate_up_fp8")
+NAMED += ("skinny_mm_fp8", "gate_up_fp8", "up_columns", "down_columns")
 NAMES = {op: f"{op}_kernel" for op in NAMED}
 ALIGNED = [["tt.divisibility", 16]]
 

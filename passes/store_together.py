@@ -15,6 +15,7 @@ from moe_compile.passes._graph import (
     aten,
     call,
     is_call,
+    readers_before,
     same_shape,
     storage,
     unpack,
@@ -107,7 +108,9 @@ def _store(graph: fx.Graph, node: fx.Node) -> None:
     last = max(k_write, v_write)
     if any(copy < last for copy in graph.find_nodes(op="call_function", target=_COPY)):
         raise Declined("an input is written before the keys and values are there")
-    early = _early(node, last, {q, k, k_write, v_write}, {value, position})
+    early = readers_before(last, {q, k, k_write, v_write})
+    if not {value, position}.isdisjoint(early) or any(reader.is_impure() for reader in early):
+        raise Declined("queries or keys that are read before the values are there")
     given: dict[str, Any] = dict(zip(("q", "k"), args(node), strict=False))
     given |= {"v": value, "cos": args(node)[2], "sin": args(node)[3]}
     given |= {"k_cache": k_cache, "v_cache": v_cache}
@@ -121,22 +124,6 @@ def _store(graph: fx.Graph, node: fx.Node) -> None:
         parts[-1].append(reader)
     for old, part in zip((q, k_write, v_write), parts, strict=True):
         old.replace_all_uses_with(part)
-
-
-def _early(
-    node: fx.Node, last: fx.Node, replaced: set[fx.Node], needed: set[fx.Node]
-) -> list[fx.Node]:
-    """What lies before `last` and reads what is replaced, in order: it may come after."""
-    early: list[fx.Node] = []
-    needing = set(replaced)
-    while node is not last:
-        node = node.next
-        if node not in needing and not needing.isdisjoint(node.all_input_nodes):
-            needing.add(node)
-            early.append(node)
-    if not needing.isdisjoint(needed) or any(reader.is_impure() for reader in early):
-        raise Declined("queries or keys that are read before the values are there")
-    return early
 
 
 def _result(node: fx.Node, index: int) -> fx.Node:

@@ -126,6 +126,12 @@ STORE = {
     **{f"stride_{x}{dim}": "i32" for x, dim in product(("v", "kc", "vc"), "bqhgs")},
 }
 
+PUSH = {
+    name: kind
+    for name, kind in STORE.items()
+    if name not in ("Q", "position_ptr", "stride_p", *(f"stride_{x}q" for x in "qkvcs"))
+}
+
 
 def routed(experts, top_k, tokens, **constants):
     """The constants of `route_many_kernel`."""
@@ -156,6 +162,14 @@ def turned(d, r, **constants):
     """The constants of `_rotate_kernel`."""
     block = {"D": d, "R": r, "HEADS": 1, "BLOCK_L": 64, "BLOCK_U": 1, "INTERPRETED": False}
     return {"HAS_Q_WEIGHT": True, "HAS_K_WEIGHT": True, **block, **constants}
+
+
+def pushed(d, r, positions, **constants):
+    """The constants of `_rotate_and_push_kernel`."""
+    block = {"D": d, "F": d, "R": r, "HEADS": 8, "BLOCK_L": 32, "BLOCK_U": 1}
+    block |= {"BLOCK_D": 64, "BLOCK_F": 128, "K_POSITIONS": positions, "V_POSITIONS": positions}
+    flags = {"HAS_Q_WEIGHT": False, "HAS_K_WEIGHT": False, "INTERPRETED": False}
+    return {**block, **flags, **constants}
 
 
 def quant(**constants):
@@ -530,6 +544,13 @@ KERNELS = {  # module, kernel, types, constants, warps
         STORE,
         turned(80, 40, HEADS=4, F=80, BLOCK_L=32, BLOCK_U=64, BLOCK_F=128),
         4,
+    ),
+    "rotate_and_push of gpt-oss": ("rotate_and_push", PUSH, pushed(64, 64, 128), 8),
+    "rotate_and_push with weights": (
+        "rotate_and_push",
+        PUSH,
+        pushed(80, 40, 64, HAS_Q_WEIGHT=True, HAS_K_WEIGHT=True, BLOCK_D=128, BLOCK_U=64),
+        8,
     ),
     "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),
     "all_reduce_add_rms_norm of eight": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(8), 8),

@@ -117,3 +117,27 @@ def test_steps_beside_eager(rewrites):
             torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(mine.values, theirs.values, rtol=1e-5, atol=1e-6)
     assert found == [("rotate_together", 2), ("store_together", 2)] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@torch.no_grad()
+def test_steps_on_a_gpu(mode, device):
+    """The window takes its last position and slides; caches of the layer that has one."""
+    moe_compile.register_experts()
+    model = model_of(torch.bfloat16, "moe_compile", **LARGE).to(device)
+    require = {"rotate_together": 2, "read_cache": 2, "store_together": 2, "fuse_norm": 5}
+    torch._dynamo.reset()
+    options = {"require": require, "mode": mode}
+    compiled = torch.compile(model, backend="moe_compile", fullgraph=True, options=options)
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=32) for _ in range(2)]
+    tokens = torch.randint(64, (1, WINDOW + 19), device=device)
+    for cache in caches:
+        model(tokens[:, : WINDOW - 1], past_key_values=cache)
+    for i in range(WINDOW - 1, WINDOW + 19):
+        for step, cache in zip((compiled, model), caches, strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            step(tokens[:, i : i + 1], past_key_values=cache)
+        mine, theirs = (cache.layers[0] for cache in caches)
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(mine.values, theirs.values, rtol=2e-2, atol=2e-2)

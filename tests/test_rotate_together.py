@@ -250,6 +250,32 @@ def test_queries_that_are_read_before_the_keys():
     assert declined(fn, *inputs()) == [before, ALONE]
 
 
+def test_what_reads_the_queries_early_moves_behind():
+    """Views that an attention takes of them, as long as nothing is written in between."""
+
+    def fn(q, k, cos, sin, more=lambda q: q):
+        cos, sin = aten.unsqueeze(cos, 1), aten.unsqueeze(sin, 1)
+        q = aten.reshape(more(turned(heads(q), cos, sin)), [B * A, 1, D])
+        return aten.neg(q), turned(heads(k), cos, sin)
+
+    args = inputs()
+    gm = graph_on_gpu(fn, *args)
+    assert rewritten(gm) == ["rotate = moe_compile.rotate(arg0_1, arg1_1, arg2_1, arg3_1)"]
+    for out, expected in zip(gm(*args), fn(*args), strict=True):
+        torch.testing.assert_close(out, expected)
+
+    def written(q, k, cos, sin, count):
+        def more(q):
+            q = q + count
+            aten.copy_.default(count, aten.mul(count, 2))
+            return q
+
+        return fn(q, k, cos, sin, more)
+
+    before = "read before the other heads of the same angles are there"
+    assert declined(written, *args, torch.ones((), dtype=BF16)) == [before, ALONE]
+
+
 def test_norms_of_another_kind():
     def other_eps(q, k, cos, sin, a, b):
         return plain(normed(q, a), normed(k, b, 0.5), cos, sin)

@@ -18,8 +18,8 @@ GROUPS = ("experts", "dense", "attention", "routing", "head", "rest")
 # The first that is found in a kernel's name decides.
 _KERNELS = {
     "routing": r"route_kernel|topk|TopK|sort|Sort|hist|cumsum|_(count|scan|scatter)_kernel",
-    "experts": r"grouped|Grouped|GroupProblem|gate_up|down_combine|_combine_kernel|silu_mul|"
-    r"quant_kernel",
+    "experts": r"grouped|Grouped|GroupProblem|gate_up|down_combine|_columns_kernel|_combine_kernel|"
+    r"silu_mul|quant_kernel",
     "attention": r"attend|_put_together|rotate|sdpa|fmha|flash|attention|index_put|index_copy|roll|"
     r"softmax|_cos|_sin|fused_cat|bmm",
     "dense": r"skinny|gemm|gemv|cublas|cutlass|nvjet|splitK|_mm|addmm",

@@ -3,7 +3,8 @@
 The whole of `experts` for one token, and few: candidates from fastest to slowest beside the time of
 reading the weights, first those of one kernel with the other as chosen, then the best of both. What
 they compute is compared with what is chosen. With and without programmatic dependent launch. The
-choice is written into `ops/_experts_kernel.py` by hand, with the numbers.
+choice is written into `ops/_experts_kernel.py` by hand, with the numbers; that of weights whose
+columns are contiguous (gpt_oss, in bfloat16 alone) into `_experts_columns_kernel.py`.
 """
 
 import argparse
@@ -19,9 +20,8 @@ from bench_ops import LAYERS, microseconds, roofs, routings, weights
 from torch import Tensor
 
 from moe_compile.ops import _candidates, _experts_kernel, _overlap, moe
-from moe_compile.ops._experts_kernel import FewBlocks, launch_few, launch_few_fp8
+from moe_compile.ops._experts_kernel import launch_few, launch_few_fp8
 from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks
-from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_kernel import Gate
 
 # Of a kernel that quantises x, too: 8 to 32 KB of weights at a time.
@@ -44,7 +44,8 @@ Some = Blocks | GateUpBlocks | FewBlocks
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["qwen3", "mixtral", "deepseek_v3"])
+    models = ["qwen3", "mixtral", "deepseek_v3", "gpt_oss"]
+    parser.add_argument("--models", nargs="+", default=models[:3], choices=models)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     dtypes = ["bfloat16", "float8", "float8 of x quantised ahead"]
     parser.add_argument("--dtypes", nargs="+", default=dtypes[:2], choices=dtypes)
@@ -53,9 +54,11 @@ def main() -> None:
     parser.add_argument("--only-dots", action="store_true", help="of float8, beside the chosen")
     args = parser.parse_args()
     if "float8" in args.dtypes:
-        fill_cache(args.models, args.only_dots)
+        fill_cache([model for model in args.models if model != "gpt_oss"], args.only_dots)
     with torch.inference_mode():
         for model, dtype in itertools.product(args.models, args.dtypes):
+            if model == "gpt_oss" and dtype != "bfloat16":
+                continue
             for T in args.tokens:
                 sweep(model, T, dtype, args.experts, args.kernels, args.only_dots)
                 torch.cuda.empty_cache()
@@ -64,6 +67,9 @@ def main() -> None:
 def candidates(model: str, T: int, dtype: str, only_dots: bool) -> tuple[list[Any], list[Any]]:
     """Of each kernel."""
     layer, fp8 = LAYERS[model], dtype != "bfloat16"
+    if not layer.h_contiguous:
+        how = (torch.bfloat16, layer.K), (T, layer.F, layer.H), None
+        return _candidates.experts_up_columns((), (), None), _candidates.experts_down_columns(*how)
     if dtype == "float8" and only_dots:
         return GATE_UP_DOTS, _candidates.experts_down_dots(layer.K)
     up_of = _candidates.experts_up_fp8 if fp8 else _candidates.experts_up
@@ -117,6 +123,11 @@ def sweep(
     for logits in routings(layer, T, 16):
         pairs.append(moe.route(logits[:, : layer.E].contiguous(), layer.K, *layer.route))
     out = torch.empty_like(x)
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    gate = Gate()
+    if model == "gpt_oss":
+        biases = torch.zeros(layer.E, 2 * layer.F).to(x), torch.zeros(layer.E, layer.H).to(x)
+        gate = Gate(interleaved=True, alpha=1.702, limit=7.0, up_shift=1.0)
     read, _ = roofs()
     per_expert = sum((v[0] if fp8 else v)[0].nbytes for v in w)
     floor = sum(ids.unique().numel() for _, ids in pairs) / len(pairs) * per_expert / read
@@ -134,7 +145,7 @@ def sweep(
                 for weight, ids in pairs
             ]  # fmt: skip
         return [
-            functools.partial(launch_few, x, ids, s, *w, out, None, None, Gate(), up, down)
+            functools.partial(launch_few, x, ids, s, *w, out, *biases, gate, up, down)
             for s, ids in pairs
         ]
 
@@ -198,9 +209,15 @@ def always_overlap(x: Tensor, size: int = 0) -> dict[str, Any]:
 
 
 def _modules() -> list[Any]:
-    from moe_compile.ops import _gate_up_fp8_kernel, _grouped_mm_fp8_kernel, _grouped_mm_kernel
+    from moe_compile.ops import (
+        _experts_columns_kernel,
+        _gate_up_fp8_kernel,
+        _grouped_mm_fp8_kernel,
+        _grouped_mm_kernel,
+    )
 
-    return [_experts_kernel, _grouped_mm_kernel, _grouped_mm_fp8_kernel, _gate_up_fp8_kernel]
+    kernels = [_grouped_mm_kernel, _grouped_mm_fp8_kernel, _gate_up_fp8_kernel]
+    return [_experts_kernel, _experts_columns_kernel, *kernels]
 
 
 MODULES = _modules()

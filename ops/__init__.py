@@ -24,6 +24,7 @@ from moe_compile.ops import quant_fp8 as _quant_fp8  # noqa: F401
 from moe_compile.ops import relu2 as _relu2  # noqa: F401
 from moe_compile.ops import rms_norm_mms as _rms_norm_mms  # noqa: F401
 from moe_compile.ops import rotate as _rotate  # noqa: F401
+from moe_compile.ops import rotate_and_push as _rotate_and_push  # noqa: F401
 from moe_compile.ops import rotate_and_store as _rotate_and_store  # noqa: F401
 from moe_compile.ops import route as _route  # noqa: F401
 from moe_compile.ops import shard as _shard  # noqa: F401

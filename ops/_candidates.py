@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moe_compile.ops._attend_blocks import Blocks as AttendBlocks
+from moe_compile.ops._experts_columns_kernel import ColumnsBlocks
 from moe_compile.ops._experts_kernel import FewBlocks
 from moe_compile.ops._grouped_mm_blocks import Blocks as GroupedBlocks
 from moe_compile.ops._skinny_mm_kernel import MOST_ROWS_OF_SUMS
@@ -92,6 +93,13 @@ _UP = [
         *[(8, 1024, 8, 2), (4, 512, 2, 3), (4, 1024, 4, 1), (16, 512, 8, 3)],
     ]
 ]
+# Of columns that are contiguous nothing is measured yet: 4 to 16 KB of weights at a time.
+_UP_COLUMNS = [
+    ColumnsBlocks(n, elements // (2 * n), w, s)
+    for n, (elements, w, s) in itertools.product(
+        (16, 32, 64), [(2048, 2, 4), (2048, 4, 6), (4096, 4, 3), (4096, 4, 4), (8192, 8, 3)]
+    )
+]
 _UP_FP8 = [
     GroupedBlocks(m, n, 0, 1, w, s)
     for m, n, w, s in [
@@ -118,10 +126,16 @@ _DOWN_FP8 = [
 _DOWN_DOTS = [(8, 16, w, s) for w, s in [(4, 3), (4, 4), (4, 6), (8, 4), (8, 6)]]
 _DOWN_DOTS += [(4, 16, 4, 6), (16, 16, 4, 3), (16, 16, 8, 3), (16, 16, 8, 4), (8, 8, 4, 6)]
 _DOWN_DOTS += [(8, 32, 4, 3), (8, 32, 8, 3), (8, 32, 8, 4)]
+_DOWN_COLUMNS = [(4096, 4, 4), (4096, 4, 6), (8192, 4, 4), (8192, 8, 4), (8192, 8, 6)]
+_DOWN_COLUMNS += [(16384, 8, 3)]
 
 
 def experts_up(kind: Kind, sizes: Sizes, analytic: Any) -> list[GroupedBlocks]:
     return _UP
+
+
+def experts_up_columns(kind: Kind, sizes: Sizes, analytic: Any) -> list[ColumnsBlocks]:
+    return _UP_COLUMNS
 
 
 def experts_up_fp8(kind: Kind, sizes: Sizes, analytic: Any) -> list[GroupedBlocks]:
@@ -136,6 +150,15 @@ def experts_down_dots(K: int) -> list[FewBlocks]:
     experts = 1 << (K - 1).bit_length()
     found = [(128 * g // experts, o, w, s) for g, o, w, s in _DOWN_DOTS if g >= experts]
     return [FewBlocks(f, o, w, s, True) for f, o, w, s in found]
+
+
+def experts_down_columns(kind: Kind, sizes: Sizes, analytic: Any) -> list[ColumnsBlocks]:
+    """Elements of all K weights at a time, and so many columns."""
+    found = set()
+    for n, (elements, w, s) in itertools.product((16, 32, 64), _DOWN_COLUMNS):
+        k = elements // (n << (kind[1] - 1).bit_length())
+        found.add(ColumnsBlocks(n, max(16, k), w, s))
+    return sorted(found)
 
 
 # One row in a tile, without tensor cores; by whether the weight is contiguous along H.

@@ -4,7 +4,7 @@ The first is `grouped_mm_silu_mul`'s, where each (token, slot) pair is a tile of
 its expert in the ids themselves; `_gate_up_fp8_kernel.py`'s from rows that are to be quantised. The
 second is here: the second product and the sum over a token's experts in one, so that each program
 reads its columns of K weights at once. In float8 it quantises the rows itself, groups of 128 as it
-comes to them.
+comes to them. Both of weights whose columns are contiguous are in `_experts_columns_kernel.py`.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_compile.ops._experts_columns_kernel import (
+    ColumnsBlocks,
+    launch_down_columns,
+    launch_up_columns,
+)
 from moe_compile.ops._experts_down_fp8 import requantized, sum_by_dots
 from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks, launch_gate_up
 from moe_compile.ops._gated import rounded
@@ -51,7 +56,9 @@ def are_few(R: int, w_EHG: Tensor, w_EFO: Tensor) -> bool:
     Rows that share an expert read it again, from L2 at best: Mixtral, T = 4, gate+up takes 419 us
     by rows and 309 by tiles (one H200, bfloat16).
     """
-    return w_EHG.shape[0] >= 4 * R and w_EHG.stride(1) == 1 and w_EFO.stride(1) == 1
+    dims = (1,) if w_EHG.element_size() == 1 else (1, 2)  # one of them contiguous
+    stored = all(any(w.stride(dim) == 1 for dim in dims) for w in (w_EHG, w_EFO))
+    return w_EHG.shape[0] >= 4 * R and stored
 
 
 def choose_few_blocks(F: int, K: int, fp8: bool) -> FewBlocks:
@@ -225,8 +232,8 @@ def launch_few(
     bias_up_EG: Tensor | None,
     bias_down_EO: Tensor | None,
     gate: Gate,
-    blocks_up: Blocks | None = None,
-    blocks_down: FewBlocks | None = None,
+    blocks_up: Blocks | ColumnsBlocks | None = None,
+    blocks_down: FewBlocks | ColumnsBlocks | None = None,
     residual_TO: Tensor | None = None,
 ) -> None:
     """Fill out; see `are_few` for when."""
@@ -235,17 +242,27 @@ def launch_few(
     ids_TK = ids_TK.contiguous()
     T, K = ids_TK.shape
     h_RF = x_TH.new_empty(T * K, w_down_EFO.shape[1])
-    blocks_up = blocks_up or EXPERTS_UP.chosen(
-        x_TH.device,
-        (x_TH.dtype, gate.interleaved, K),
-        (T * K, *w_up_EHG.shape[1:]),
-        lambda: BLOCKS_UP,
-    )
-    launch_grouped_mm(
-        x_TH, w_up_EHG, h_RF, ids_TK, None, K, bias_up_EG, gate, blocks_up, direct=True
-    )
-    down = (w_down_EFO, None, bias_down_EO)
-    launch_down(h_RF, ids_TK, weights_TK, *down, residual_TO, out_TO, blocks_down)
+    if w_up_EHG.stride(1) == 1:
+        assert not isinstance(blocks_up, ColumnsBlocks)
+        blocks_up = blocks_up or EXPERTS_UP.chosen(
+            x_TH.device,
+            (x_TH.dtype, gate.interleaved, K),
+            (T * K, *w_up_EHG.shape[1:]),
+            lambda: BLOCKS_UP,
+        )
+        launch_grouped_mm(
+            x_TH, w_up_EHG, h_RF, ids_TK, None, K, bias_up_EG, gate, blocks_up, direct=True
+        )
+    else:
+        assert not isinstance(blocks_up, Blocks)
+        launch_up_columns(x_TH, ids_TK, w_up_EHG, bias_up_EG, h_RF, gate, blocks_up)
+    rows, added = (h_RF, ids_TK, weights_TK), (bias_down_EO, residual_TO, out_TO)
+    if w_down_EFO.stride(1) == 1:
+        assert not isinstance(blocks_down, ColumnsBlocks)
+        launch_down(*rows, w_down_EFO, None, *added, blocks_down)
+    else:
+        assert not isinstance(blocks_down, FewBlocks)
+        launch_down_columns(*rows, w_down_EFO, *added, blocks_down)
 
 
 def launch_few_fp8(

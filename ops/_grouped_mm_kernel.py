@@ -51,7 +51,7 @@ def find_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _one_row(  # type: ignore[no-untyped-def]
+def one_row(  # type: ignore[no-untyped-def]
     x_ptrs,
     w_ptrs,
     w_mask,
@@ -205,7 +205,7 @@ def grouped_mm_kernel(  # type: ignore[no-untyped-def]
     w_step = tl.full([], BLOCK_K, tl.int64) * stride_wh
     if BLOCK_M == 1:
         x_ptrs = x_ptr + tl.max(source, 0).to(tl.int64) * stride_xn + k[:, None]
-        acc = _one_row(x_ptrs, w_ptrs, w_mask, H, w_step, EVEN_H, BLOCK_N, BLOCK_K, STAGES)
+        acc = one_row(x_ptrs, w_ptrs, w_mask, H, w_step, EVEN_H, BLOCK_N, BLOCK_K, STAGES)
         acc = acc[None, :]
     else:
         x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xn + k[None, :]

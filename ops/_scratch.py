@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_compile.ops import _grouped_mm_fp8_kernel, _grouped_mm_kernel, _skinny_mm_kernel
+from moe_compile.ops._experts_columns_kernel import launch_down_columns, launch_up_columns
 from moe_compile.ops._experts_kernel import launch_down
 from moe_compile.ops._grouped_mm_kernel import Gate
 from moe_compile.ops._tuned import Kind, Sizes
@@ -100,6 +101,22 @@ def experts_up(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
     return [call(ids) for ids in _each_an_expert(R, K, count, device)]
 
 
+def experts_up_columns(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
+    (dtype, interleaved, K), (R, H, G) = kind, sizes
+    count = how_many(R * H * G * dtype.itemsize, device)
+    x, w = values(device, dtype, R // K, H), values(device, dtype, R * count, H, G)
+    h, gate = x.new_empty(R, G // 2), Gate(interleaved)
+
+    def call(ids: Tensor) -> Call:
+        def launch(blocks: Any) -> Tensor:
+            launch_up_columns(x, ids, w, None, h, gate, blocks)
+            return h
+
+        return launch
+
+    return [call(ids) for ids in _each_an_expert(R, K, count, device)]
+
+
 def experts_up_fp8(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
     (dtype, group, K), (R, H, G) = kind, sizes
     count = how_many(R * H * G, device)
@@ -132,6 +149,22 @@ def experts_down(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
     def call(ids: Tensor) -> Call:
         def launch(blocks: Any) -> Tensor:
             launch_down(h, ids, weights, w, scales, None, None, out, blocks, (1e-10, False))
+            return out
+
+        return launch
+
+    return [call(ids) for ids in _each_an_expert(T * K, K, count, device)]
+
+
+def experts_down_columns(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
+    (dtype, K), (T, F, C) = kind, sizes
+    count = how_many(T * K * F * C * dtype.itemsize, device)
+    h, weights = values(device, dtype, T * K, F), torch.ones(T, K, device=device)
+    w, out = values(device, dtype, T * K * count, F, C), h.new_empty(T, C)
+
+    def call(ids: Tensor) -> Call:
+        def launch(blocks: Any) -> Tensor:
+            launch_down_columns(h, ids, weights, w, None, None, out, blocks)
             return out
 
         return launch

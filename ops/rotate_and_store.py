@@ -2,9 +2,9 @@
 
 k_cache[:, :, position] = k' and v_cache[:, :, position] = v, with q' and k' those of `rotate`.
 
-The one op that writes to its inputs. Graphs hold it functionalised, and Inductor, which knows who
-else reads a cache, lets it write in place. On Hopper it writes, as it reads, only after all kernels
-before it are done (ops/_overlap.py), so that none of them still reads the cache.
+It and `rotate_and_push` alone write to their inputs. Graphs hold it functionalised, and Inductor,
+which knows who else reads a cache, lets it write in place. On Hopper it writes, as it reads, only
+after all kernels before it are done (ops/_overlap.py), so that none of them still reads the cache.
 
 Letters: B batch, Q tokens, A query heads, G key heads, D features, F features of values, R features
     that are turned, S positions of the cache.

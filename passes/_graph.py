@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -168,6 +168,17 @@ def move_before(place: fx.Node, node: fx.Node | None) -> None:
     for source in node.all_input_nodes:
         move_before(place, source)
     place.prepend(node)
+
+
+def readers_before(last: fx.Node, sources: Collection[fx.Node]) -> list[fx.Node]:
+    """What lies before `last`, and that itself, if it is computed from `sources`, in order."""
+    node, found, from_sources = min(sources), [], set(sources)
+    while node is not last:
+        node = node.next
+        if node not in from_sources and not from_sources.isdisjoint(node.all_input_nodes):
+            from_sources.add(node)
+            found.append(node)
+    return found
 
 
 def reshaped(graph: fx.Graph, x: fx.Node, shape: Any, like: fx.Node) -> fx.Node:

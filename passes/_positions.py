@@ -57,7 +57,7 @@ def before_reshapes(x: fx.Node) -> fx.Node:
             if not same(val(source).numel(), 1) and not _as_many(source, x):
                 return x
         elif is_call(x, aten.add.Tensor) and not x.kwargs:
-            found = (a for a, zero in operands(x) if _is_0(zero) and _as_many(a, x))
+            found = (a for a, zero in operands(x) if is_0(zero) and _as_many(a, x))
             source = next((a for a in found if val(a).dtype in WHOLE), None)
         if source is None:
             return x
@@ -68,7 +68,7 @@ def _as_many(a: Any, b: fx.Node) -> bool:
     return has_val(a) and same(val(a).numel(), val(b).numel())
 
 
-def _is_0(x: Any) -> bool:
+def is_0(x: Any) -> bool:
     """Is x a whole 0, also if it is the only element of an arange?"""
     if not isinstance(x, fx.Node):
         return type(x) is int and x == 0

@@ -57,6 +57,19 @@ def rms_norm_behind(value: Any) -> tuple[fx.Node, RMSNorm] | None:
     return None
 
 
+def is_weight_of_norm(x: fx.Node) -> bool:
+    """Do rows that were normalised, and nothing else, meet `x`?"""
+    return len(x.users) > 0 and all(map(_is_weighted, x.users))
+
+
+def _is_weighted(product: fx.Node) -> bool:
+    return any(
+        is_call(scaled, aten.mul.Tensor)
+        and any(has_val(x) and _scale_of(scaled, x) is not None for x in args(scaled))
+        for scaled in _factors(product)
+    )
+
+
 def _factors(node: Any) -> list[fx.Node]:
     """The tensors of which `node` is the product, cast or not."""
     product = strip(node, *CASTS)

@@ -22,6 +22,7 @@ from moe_compile.passes._graph import (
 )
 from moe_compile.passes._outcome import Outcome, exactness
 from moe_compile.passes._pure import constant_nodes
+from moe_compile.passes._rms_norm import is_weight_of_norm
 from moe_compile.passes._settings import settings_of
 from moe_compile.passes._worth import Candidate, candidates
 
@@ -59,7 +60,8 @@ def hoist_constants(graph: fx.Graph) -> Outcome:
     constants of one graph take at most `constant_budget_mb`, those that save most first.
     Left alone: what depends on an input, on a parameter that the graph writes to, on chance or on
     another device; what is, or may share memory with, an output; large weights quantised to one
-    byte; graphs that want gradients.
+    byte; weights that an RMSNorm widens, which `fuse_norm` wants as they are; graphs that want
+    gradients.
     Numerics: casts and moves are bitwise. Arithmetic, and casts to a narrower dtype that Inductor
     would fuse, round as uncompiled and not as fused; exactness="bitwise" leaves these alone.
     """
@@ -91,6 +93,8 @@ def _unfit(c: Candidate, exactness: str, left: int) -> str:
     """Why a candidate stays in the graph, or ""."""
     if escapes(c.node):
         return "the forward returns it, or may return its memory, which the caller may then change"
+    if is_widening(c.node) and is_weight_of_norm(c.node):
+        return "an RMSNorm widens it as it reads it"
     if exactness == "bitwise" and not c.is_exact:
         return "its arithmetic would round as uncompiled, not as fused, and exactness=bitwise"
     if c.saved < 0 and c.size > SMALL:

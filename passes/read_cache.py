@@ -29,6 +29,7 @@ from moe_compile.passes._graph import (
 )
 from moe_compile.passes._outcome import Declined, Outcome, exactness
 from moe_compile.passes._positions import WHOLE, before_reshapes, is_arange
+from moe_compile.passes._window import last_open
 
 _CUDNN = aten._scaled_dot_product_cudnn_attention.default
 _ATTENTIONS = (
@@ -76,7 +77,8 @@ def read_cache(graph: fx.Graph) -> Outcome:
         return [attend]
 
     A mask that only says up to which position a sequence is filled, positions <= p or p >= positions
-    with a p for each sequence or for all, is not made: `attend` takes p itself, as `last`.
+    with a p for each sequence or for all, is not made: `attend` takes p itself, as `last`. So is the
+    mask of a window that slides (`_window.py`).
 
     The repetition is a copy of the whole cache, and its mask is written out once more as numbers.
     On an H200 that and cuDNN's attention take 20 us a layer of Qwen3-30B-A3B (one sequence, 640
@@ -179,6 +181,10 @@ def _attend(
     _fit(query, keys, values)
     mask = None if mask is None else _mask(graph, node, mask, most, (query, keys))
     last = _last(mask, query, keys)
+    if last is None and (filled := last_open(mask, val(keys))) is not None:
+        mask, last = None, filled.base
+        if last is not None and filled.add:
+            last = call(graph, aten.add.Tensor, last, filled.add, like=node)
     if last is not None:
         if val(last).ndim != 1:
             last = call(graph, aten.reshape.default, last, [-1], like=node)

@@ -9,12 +9,14 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from moe_compile.ops import moe
+from moe_compile.ops.rotate_and_push import MOST_ELEMENTS
+from moe_compile.passes._cache_writes import COPY, Write, parse_write, write_of
 from moe_compile.passes._graph import (
-    arg,
     args,
     aten,
     call,
     is_call,
+    readers_before,
     same_shape,
     storage,
     unpack,
@@ -22,8 +24,6 @@ from moe_compile.passes._graph import (
 )
 from moe_compile.passes._outcome import Declined, Outcome, exactness
 from moe_compile.passes._positions import before_reshapes
-
-_COPY = aten.copy_.default  # to an input, at the end of a graph
 
 
 @exactness("bitwise")
@@ -72,9 +72,13 @@ def store_together(graph: fx.Graph, devices: Collection[str] = ("cuda",)) -> Out
     where nothing reads what they held before and they are written back, and each is a memory of its
     own: all three are proved here, since else it would copy whole caches. The position of one token
     is its cache's counter, read by the kernel itself.
+
+    A full window that slides, all of which a model moves up by one position for each token (a roll,
+    a write at -1, a copy back: six kernels for keys and values), becomes `rotate_and_push`.
     Left alone: other devices, caches that are no inputs, that anything else reads or writes, or that
-    are returned, keys that anything else reads, and values that are not permuted heads. What reads
-    queries or keys before the values are there moves behind the op, if it is pure.
+    are returned, keys that anything else reads, values that are not permuted heads, and windows of
+    more than MOST_ELEMENTS a head. What reads queries or keys before the values are there moves
+    behind the op, if it is pure.
     Numerics: equal. A position outside of the cache is an assertion of index_put; here nothing is
     stored.
     """  # noqa: E501
@@ -93,50 +97,38 @@ def store_together(graph: fx.Graph, devices: Collection[str] = ("cuda",)) -> Out
 
 def _store(graph: fx.Graph, node: fx.Node) -> None:
     q, k = (_result(node, i) for i in (0, 1))
-    k_write = next(iter(k.users), None)
-    if k_write is None or len(k.users) > 1 or not _is_write(k_write, k):
+    keys = write_of(k)
+    if keys is None:
         raise Declined("keys that are not just written to a static cache")
-    position = args(k_write)[1][2]
-    v_write = _write_of_values(k_write, position)
-    value = args(args(v_write)[2])[0]
-    k_cache, v_cache = args(k_write)[0], args(v_write)[0]
-    _check_sizes(node, value, k_cache, v_cache, position)
+    values = _write_of_values(keys)
+    value = args(values.value)[0]
+    _check_sizes(node, value, keys, values)
+    k_write, v_write = keys.node, values.node
     returned = {storage(x) for x in graph.output_node().all_input_nodes}
     if not returned.isdisjoint(map(storage, (k_write, v_write))):
         raise Declined("a cache that is returned as it was in this step")
     last = max(k_write, v_write)
-    if any(copy < last for copy in graph.find_nodes(op="call_function", target=_COPY)):
+    if any(copy < last for copy in graph.find_nodes(op="call_function", target=COPY)):
         raise Declined("an input is written before the keys and values are there")
-    early = _early(node, last, {q, k, k_write, v_write}, {value, position})
+    early = readers_before(last, {q, k, args(k_write)[2], k_write, v_write})
+    if not {value, keys.position}.isdisjoint(early) or any(reader.is_impure() for reader in early):
+        raise Declined("queries or keys that are read before the values are there")
     given: dict[str, Any] = dict(zip(("q", "k"), args(node), strict=False))
     given |= {"v": value, "cos": args(node)[2], "sin": args(node)[3]}
-    given |= {"k_cache": k_cache, "v_cache": v_cache}
+    given |= {"k_cache": keys.cache, "v_cache": values.cache}
     more = zip(("q_weight", "k_weight", "eps"), args(node)[4:], strict=False)
     with graph.inserting_before(last):
-        given |= {"position": _position(graph, position), **dict(more), **node.kwargs}
-        op = moe.rotate_and_store.default
+        op = moe.rotate_and_push.default
+        if not keys.pushed:
+            op = moe.rotate_and_store.default
+            given["position"] = _position(graph, keys.position)
+        given |= {**dict(more), **node.kwargs}
         new = call(graph, auto_functionalized, op, like=node, **given)
         parts = unpack(graph, new, 3)
     for reader in reversed(early):
         parts[-1].append(reader)
     for old, part in zip((q, k_write, v_write), parts, strict=True):
         old.replace_all_uses_with(part)
-
-
-def _early(
-    node: fx.Node, last: fx.Node, replaced: set[fx.Node], needed: set[fx.Node]
-) -> list[fx.Node]:
-    """What lies before `last` and reads what is replaced, in order: it may come after."""
-    early: list[fx.Node] = []
-    needing = set(replaced)
-    while node is not last:
-        node = node.next
-        if node not in needing and not needing.isdisjoint(node.all_input_nodes):
-            needing.add(node)
-            early.append(node)
-    if not needing.isdisjoint(needed) or any(reader.is_impure() for reader in early):
-        raise Declined("queries or keys that are read before the values are there")
-    return early
 
 
 def _result(node: fx.Node, index: int) -> fx.Node:
@@ -146,26 +138,15 @@ def _result(node: fx.Node, index: int) -> fx.Node:
     return found[0]
 
 
-def _is_write(node: Any, x: fx.Node) -> bool:
-    """Does this put x at positions of an input that nothing else reads or writes?"""
-    if not is_call(node, aten.index_put.default) or args(node)[2] is not x or len(args(node)) > 3:
-        return False
-    cache, indices = args(node)[:2]
-    if node.kwargs or len(indices) != 3 or indices[0] is not None or indices[1] is not None:
-        return False
-    copies = [u for u in cache.users if is_call(u, _COPY)]
-    if cache.op != "placeholder" or len(copies) != 1 or set(cache.users) != {node, *copies}:
-        return False
-    return args(copies[0]) == (cache, node) and not copies[0].users
-
-
-def _write_of_values(k_write: fx.Node, position: fx.Node) -> fx.Node:
+def _write_of_values(keys: Write) -> Write:
     """The write beside that of the keys, at the same position."""
     found = []
-    for write in position.users:
-        x = arg(write, 2, "values")
-        is_heads = is_call(x, aten.permute.default) and list(args(x)[1]) == [0, 2, 1, 3]
-        if write is not k_write and is_heads and _is_write(write, x):
+    for reader in keys.position.users:
+        write = parse_write(reader)
+        if write is None or write.node is keys.node or write.pushed != keys.pushed:
+            continue
+        x = write.value
+        if is_call(x, aten.permute.default) and list(args(x)[1]) == [0, 2, 1, 3]:
             found.append(write)
     if len(found) != 1:
         raise Declined("no values written to a static cache at the position of the keys")
@@ -183,20 +164,21 @@ def _position(graph: fx.Graph, position: fx.Node) -> fx.Node:
     return call(graph, aten.reshape.default, counter, [1], like=position)
 
 
-def _check_sizes(
-    node: fx.Node, value: fx.Node, k_cache: fx.Node, v_cache: fx.Node, position: fx.Node
-) -> None:
+def _check_sizes(node: fx.Node, value: fx.Node, keys: Write, values: Write) -> None:
     """Decline what the op would refuse."""
+    k_cache, v_cache, position = keys.cache, values.cache, keys.position
     (B, Q, G, D), F, S = val(args(node)[1]).shape, val(value).shape[3], val(k_cache).shape[2]
     fits = same_shape(value, (B, Q, G, F)) and same_shape(k_cache, (B, G, S, D))
     if not fits or not same_shape(v_cache, (B, G, S, F)) or not same_shape(position, (Q,)):
         raise Declined("keys or values that are repeated in the cache")
-    values = [val(x) for x in (args(node)[0], value, k_cache, v_cache)]
-    if len({x.dtype for x in values}) > 1 or val(position).dtype != torch.int64:
+    tensors = [val(x) for x in (args(node)[0], value, k_cache, v_cache)]
+    if len({x.dtype for x in tensors}) > 1 or val(position).dtype != torch.int64:
         raise Declined("a cache in another dtype")
-    if len({x.device for x in (*values, val(position))}) > 1:
+    if len({x.device for x in (*tensors, val(position))}) > 1:
         raise Declined("a cache on another device")
-    if any(x.stride(3) != 1 for x in values[2:]):
+    if any(x.stride(3) != 1 for x in tensors[2:]):
         raise Declined("a cache whose features are not beside each other")
     if storage(k_cache) == storage(v_cache):
         raise Declined("keys and values in one memory, of which Inductor would copy one")
+    if keys.pushed and not (isinstance(S, int) and S * max(D, F) <= MOST_ELEMENTS):
+        raise Declined(f"a window of {S} positions, which a program a head would move too slowly")

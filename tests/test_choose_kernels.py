@@ -130,8 +130,9 @@ def on_gpu(tokens, num_experts, along_h=True):
     return graph_on_gpu(fn, x, ids, weights, *w)
 
 
-def test_few_tokens_on_a_gpu():
-    gm = on_gpu(2, 16)
+@pytest.mark.parametrize("along_h", [True, False])
+def test_few_tokens_on_a_gpu(along_h):
+    gm = on_gpu(2, 16, along_h)
     (outcome,) = run_passes(gm, choose_kernels)
     assert [e.detail for e in outcome.rewrites] == ["experts: 2 tokens in one op"]
     assert render(gm.graph).splitlines()[-2:] == [
@@ -141,12 +142,13 @@ def test_few_tokens_on_a_gpu():
     assert run_passes(gm, choose_kernels)[0].rewrites == []
 
 
-def test_tokens_that_share_experts_on_a_gpu_or_other_weights():
-    for gm in (on_gpu(2, 15), on_gpu(2, 16, along_h=False)):
-        before = render(gm.graph)
-        (outcome,) = run_passes(gm, choose_kernels)
-        assert (outcome.rewrites, outcome.declined) == ([], [])
-        assert render(gm.graph) == before
+@pytest.mark.parametrize("along_h", [True, False])
+def test_tokens_that_share_experts_on_a_gpu(along_h):
+    gm = on_gpu(2, 15, along_h)
+    before = render(gm.graph)
+    (outcome,) = run_passes(gm, choose_kernels)
+    assert (outcome.rewrites, outcome.declined) == ([], [])
+    assert render(gm.graph) == before
 
 
 def fp8_on_gpu(tokens, num_experts, **how):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from helpers import assert_close
 
+from moe_compile.ops._experts_columns_kernel import ColumnsBlocks
 from moe_compile.ops._experts_kernel import FewBlocks, are_few, launch_few
 from moe_compile.ops._grouped_mm_blocks import Blocks
 from moe_compile.ops._grouped_mm_kernel import Gate
@@ -53,6 +54,27 @@ def test_two_kernels_for_few_tokens(shape, biases, dtype, device):
     assert_close(experts_triton(x, ids, *rest), experts_reference, x, ids, *rest)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_few_tokens_of_gpt_oss(interleaved, dtype, device):
+    """Columns contiguous, of numbers that are no powers of two, biases and all attributes."""
+    args = inputs((2, 3, 24, 90, 45), dtype, device, g_contiguous=True, biases=True)
+    args[1][0, 1] = 24
+    how = {"interleaved": interleaved, "alpha": 1.702, "limit": 1.5, "up_shift": 1.0}
+    assert_close(experts_triton(*args, **how), experts_reference, *args, **how)
+
+
+def test_few_tokens_of_weights_stored_apart(device):
+    """Each kernel looks at its own weight; slices of larger weights have other strides."""
+    x, ids, weights, up, down = inputs((2, 3, 24, 40, 32), torch.float32, device)
+    wide = torch.randn(24, 42, 80, device=device)
+    for pair in ((wide[:, 1:41, 8:72], down), (up, down.contiguous())):
+        assert are_few(ids.numel(), *pair)
+        args = x, ids, weights, *pair
+        assert_close(experts_triton(*args), experts_reference, *args)
+    assert not are_few(ids.numel(), wide[:, 1:41, ::2], down)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fn", [experts, experts_triton], ids=["op", "triton"])
 @pytest.mark.parametrize("shape", [(2, 1, 8, 40, 24), (3, 2, 4, 40, 24)], ids=["few", "more"])
@@ -79,6 +101,22 @@ def test_any_blocks_give_the_same(blocks, device):
     assert_close(out, experts_reference, x, ids, weights, *w, **how)
 
 
+COLUMNS = [  # of which the last are wider than all features
+    (ColumnsBlocks(8, 16, 2, 1), ColumnsBlocks(16, 16, 2, 1)),
+    (ColumnsBlocks(64, 64, 4, 3), ColumnsBlocks(64, 128, 4, 3)),
+]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("blocks", COLUMNS, ids=str)
+def test_any_blocks_of_columns_give_the_same(blocks, interleaved, device):
+    x, ids, weights, *w = inputs((2, 3, 24, 40, 33), torch.float32, device, g_contiguous=True)
+    out = x.new_empty(2, 40)
+    launch_few(x, ids, weights, *w, out, None, None, Gate(interleaved), *blocks)
+    how = {"interleaved": interleaved}
+    assert_close(out, experts_reference, x, ids, weights, *w, **how)
+
+
 @pytest.mark.parametrize("g_contiguous", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_stages_on_a_gpu(g_contiguous, interleaved, device):
@@ -87,9 +125,10 @@ def test_stages_on_a_gpu(g_contiguous, interleaved, device):
     assert_close(experts_triton(*args, **how), experts_reference, *args, **how)
 
 
-def test_tokens_without_experts_and_rows_of_nan(device):
+@pytest.mark.parametrize("g_contiguous", [False, True])
+def test_tokens_without_experts_and_rows_of_nan(g_contiguous, device):
     """What no kernel wrote must not reach the sum."""
-    x, ids, weights, *w = inputs((2, 3, 32, 40, 24), torch.float32, device)
+    x, ids, weights, *w = inputs((2, 3, 32, 40, 24), torch.float32, device, g_contiguous)
     ids[0], weights[0] = -1, float("nan")
     x[0] = float("nan")
     out = experts_triton(x, ids, weights, *w)

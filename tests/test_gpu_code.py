@@ -67,6 +67,7 @@ DOWN_COMBINE = {
     **{"bias_ptr": "*bf16", "residual_ptr": "*bf16", "out_ptr": "*bf16"},
     **{"E": "i32", "F": "i32", "C": "i32"},
     **{"stride_we": "i32", "stride_wo": "i32", "ws_ptr": "*fp32", "amax_floor": "fp32"},
+    "stride_wf": "i32",
     **{"stride_wse": "i32", "stride_wsk": "i32", "stride_wsg": "i32"},
 }
 ALL_REDUCE = {
@@ -91,6 +92,17 @@ GATE_UP_FP8 = {
     **{name: "fp32" for name in ("alpha", "limit", "up_shift", "amax_floor")},
     "h_ptr": "*bf16",
 }
+UP_COLUMNS = {
+    **dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "h_ptr"), "*bf16"),
+    **{name: "i32" for name in ("E", "H", "F", "top_k", "stride_xt", "stride_we", "stride_wh")},
+    **{name: "fp32" for name in ("alpha", "limit", "up_shift")},
+    "ids_ptr": "*i64",
+}
+DOWN_COLUMNS = {
+    **{"h_ptr": "*bf16", "ids_ptr": "*i64", "weights_ptr": "*fp32", "w_ptr": "*bf16"},
+    **{"bias_ptr": "*bf16", "residual_ptr": "*bf16", "out_ptr": "*bf16"},
+    **{name: "i32" for name in ("E", "F", "C", "stride_we", "stride_wf")},
+}
 
 ATTEND = {
     **{name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "sinks_ptr", "out_ptr")},
@@ -112,6 +124,12 @@ STORE = {
     **{**ROTATE, "v_ptr": "*bf16", "position_ptr": "*i64", "S": "i32", "stride_p": "i32"},
     **{"k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16"},
     **{f"stride_{x}{dim}": "i32" for x, dim in product(("v", "kc", "vc"), "bqhgs")},
+}
+
+PUSH = {
+    name: kind
+    for name, kind in STORE.items()
+    if name not in ("Q", "position_ptr", "stride_p", *(f"stride_{x}q" for x in "qkvcs"))
 }
 
 
@@ -146,6 +164,14 @@ def turned(d, r, **constants):
     return {"HAS_Q_WEIGHT": True, "HAS_K_WEIGHT": True, **block, **constants}
 
 
+def pushed(d, r, positions, **constants):
+    """The constants of `_rotate_and_push_kernel`."""
+    block = {"D": d, "F": d, "R": r, "HEADS": 8, "BLOCK_L": 32, "BLOCK_U": 1}
+    block |= {"BLOCK_D": 64, "BLOCK_F": 128, "K_POSITIONS": positions, "V_POSITIONS": positions}
+    flags = {"HAS_Q_WEIGHT": False, "HAS_K_WEIGHT": False, "INTERPRETED": False}
+    return {**block, **flags, **constants}
+
+
 def quant(**constants):
     """The constants of `quant_kernel`, all features off but those given."""
     off = (
@@ -171,6 +197,20 @@ def down_combine(k, f, o, stages, **constants):
     shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
     flags = {"HAS_BIAS": True, "EVEN": True, "FP8": False, "DOT": False, "POWER_OF_TWO": False}
     flags |= {"DIVIDE": False, "HAS_RESIDUAL": True, "INTERPRETED": False, "FOLD": 8}
+    return {**shape, **flags, **constants}
+
+
+def up_columns(f, k, stages, **constants):
+    """The constants of `up_columns_kernel`."""
+    shape = {"BLOCK_F": f, "BLOCK_K": k, "STAGES": stages, "EVEN_H": True}
+    flags = {"INTERLEAVED": True, "HAS_LIMIT": True, "HAS_BIAS": True, "INTERPRETED": False}
+    return {**shape, **flags, **constants}
+
+
+def down_columns(k, f, o, stages, **constants):
+    """The constants of `down_columns_kernel`."""
+    shape = {"K": k, "BLOCK_K": k, "BLOCK_F": f, "BLOCK_O": o, "STAGES": stages}
+    flags = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "EVEN_F": True, "INTERPRETED": False}
     return {**shape, **flags, **constants}
 
 
@@ -298,6 +338,14 @@ KERNELS = {  # module, kernel, types, constants, warps
         4,
     ),
     "down_combine of Mixtral": ("down_combine", DOWN_COMBINE, down_combine(2, 512, 8, 3), 4),
+    "up_columns of gpt-oss": ("up_columns", UP_COLUMNS, up_columns(32, 64, 4), 4),
+    "up_columns of halves": (
+        "up_columns",
+        UP_COLUMNS,
+        up_columns(64, 32, 4, INTERLEAVED=False, EVEN_H=False),
+        4,
+    ),
+    "down_columns of gpt-oss": ("down_columns", DOWN_COLUMNS, down_columns(4, 64, 32, 4), 8),
     "quant": ("quant", QUANT, quant(), 4),
     "quant by division": ("quant", QUANT, quant(DIVIDE=True, POWER_OF_TWO=True), 4),
     "quant with epsilons": ("quant", QUANT, quant(AMAX_EPS=1e-12, SCALE_EPS=1e-12), 4),
@@ -504,6 +552,13 @@ KERNELS = {  # module, kernel, types, constants, warps
         turned(80, 40, HEADS=4, F=80, BLOCK_L=32, BLOCK_U=64, BLOCK_F=128),
         4,
     ),
+    "rotate_and_push of gpt-oss": ("rotate_and_push", PUSH, pushed(64, 64, 128), 8),
+    "rotate_and_push with weights": (
+        "rotate_and_push",
+        PUSH,
+        pushed(80, 40, 64, HAS_Q_WEIGHT=True, HAS_K_WEIGHT=True, BLOCK_D=128, BLOCK_U=64),
+        8,
+    ),
     "all_reduce_add_rms_norm": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(2), 8),
     "all_reduce_add_rms_norm of eight": ("all_reduce_add_rms_norm", ALL_REDUCE, exchange(8), 8),
     "all_reduce_add_rms_norm of one": (
@@ -522,6 +577,7 @@ MODULES = {
     "down_combine": "_experts_kernel",
     **{"skinny_mm": "_skinny_mm_kernel", "skinny_mm_fp8": "_skinny_mm_fp8_kernel"},
     "gate_up_fp8": "_gate_up_fp8_kernel",
+    **dict.fromkeys(("up_columns", "down_columns"), "_experts_columns_kernel"),
 }
 NAMED = (
     "route",
@@ -532,7 +588,7 @@ NAMED = (
     "down_combine",
     "skinny_mm",
 )
-NAMED += ("skinny_mm_fp8", "gate_up_fp8")
+NAMED += ("skinny_mm_fp8", "gate_up_fp8", "up_columns", "down_columns")
 NAMES = {op: f"{op}_kernel" for op in NAMED}
 ALIGNED = [["tt.divisibility", 16]]
 

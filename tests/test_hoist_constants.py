@@ -256,3 +256,29 @@ def test_a_cast_that_reaches_an_op_of_ours():
     assert constant.val.dtype == f32
     (event,) = outcome.rewrites
     assert event.detail.endswith("384 bytes less to move in a forward")  # 128 read, 256 written
+
+
+def normed(m, x, cast):
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (cast(m.b) * wide).to(x.dtype)
+
+
+@pytest.mark.parametrize("cast", [torch.Tensor.float, lambda weight: weight])
+def test_the_weight_of_a_norm_is_left_as_it_is(cast):
+    """gpt-oss widens it, or lets the product do so; `fuse_norm` reads it in x's dtype."""
+    x = torch.randn(5, 32).to(bf16)
+    gm, outcome = hoisted(lambda m, x: normed(m, x, cast), x, shape=(32, 32))
+    assert constants_of(gm.graph) == []
+    declined = "an RMSNorm widens it as it reads it"
+    assert (declined in reasons(outcome)) == (cast is torch.Tensor.float)
+
+
+def test_a_weight_that_not_only_norms_read_is_hoisted():
+    x = torch.randn(5, 32).to(bf16)
+
+    def fn(m, x):
+        return normed(m, x, torch.Tensor.float), x + m.b.float()
+
+    gm, _ = hoisted(fn, x, shape=(32, 32))
+    assert len(constants_of(gm.graph)) == 1

@@ -250,6 +250,32 @@ def test_queries_that_are_read_before_the_keys():
     assert declined(fn, *inputs()) == [before, ALONE]
 
 
+def test_what_reads_the_queries_early_moves_behind():
+    """Views that an attention takes of them, as long as nothing is written in between."""
+
+    def fn(q, k, cos, sin, more=lambda q: q):
+        cos, sin = aten.unsqueeze(cos, 1), aten.unsqueeze(sin, 1)
+        q = aten.reshape(more(turned(heads(q), cos, sin)), [B * A, 1, D])
+        return aten.neg(q), turned(heads(k), cos, sin)
+
+    args = inputs()
+    gm = graph_on_gpu(fn, *args)
+    assert rewritten(gm) == ["rotate = moe_compile.rotate(arg0_1, arg1_1, arg2_1, arg3_1)"]
+    for out, expected in zip(gm(*args), fn(*args), strict=True):
+        torch.testing.assert_close(out, expected)
+
+    def written(q, k, cos, sin, count):
+        def more(q):
+            q = q + count
+            aten.copy_.default(count, aten.mul(count, 2))
+            return q
+
+        return fn(q, k, cos, sin, more)
+
+    before = "read before the other heads of the same angles are there"
+    assert declined(written, *args, torch.ones((), dtype=BF16)) == [before, ALONE]
+
+
 def test_norms_of_another_kind():
     def other_eps(q, k, cos, sin, a, b):
         return plain(normed(q, a), normed(k, b, 0.5), cos, sin)
@@ -313,3 +339,103 @@ def test_dynamic_batch():
         cos, sin = (torch.empty(n, 1, D, **like) for n in (b, b))
         gm = make_fx(lambda *args: list(plain(*args)), tracing_mode="symbolic")(q, k, cos, sin)
     assert rewritten(gm) == ["rotate = moe_compile.rotate(arg0_1, arg1_1, arg2_1, arg3_1)"]
+
+
+def halves(x, cos, sin):
+    """As gpt-oss is decomposed; cos and sin [B, 1, Q, R / 2]."""
+    low, high = aten.split(x, x.shape[-1] // 2, -1)
+    lower = aten.sub(aten.mul(low, cos), aten.mul(high, sin))
+    return aten.cat([lower, aten.add(aten.mul(high, cos), aten.mul(low, sin))], -1)
+
+
+def of_gpt_oss(q, k, cos, sin):
+    """Of two layers."""
+    outs = []
+    for _ in range(2):
+        by = aten.unsqueeze(cos, 1), aten.unsqueeze(sin, 1)
+        outs += [halves(heads(q), *by), halves(heads(k), *by)]
+        q, k = q + 1, k + 1
+    return tuple(outs)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_halves_that_are_turned_each_by_itself(dtype):
+    """One kernel a layer, of angles put side by side once; equal to the bit."""
+    args = inputs(3, turned=D // 2, dtype=dtype)
+    gm = graph_on_gpu(of_gpt_oss, *args)
+    assert rewritten(gm, 2) == [
+        "rotate = moe_compile.rotate(arg0_1, arg1_1, cat_1, cat)",
+        "rotate_1 = moe_compile.rotate(add, add_1, cat_1, cat)",
+    ]
+    for out, expected in zip(gm(*args), of_gpt_oss(*args), strict=True):
+        assert torch.equal(out, expected)
+
+
+def test_angles_of_halves_that_have_a_dim_of_heads():
+    def fn(q, k, cos, sin):
+        return halves(heads(q), cos, sin), halves(heads(k), cos, sin)
+
+    q, k, cos, sin = inputs(turned=D // 2)
+    gm = graph_on_gpu(fn, q, k, cos.unsqueeze(1), sin.unsqueeze(1))
+    assert rewritten(gm) == ["rotate = moe_compile.rotate(arg0_1, arg1_1, squeeze, squeeze_1)"]
+
+
+def near_miss_of_halves(lower, upper, cut=lambda x: aten.split(x, D // 2, -1)):
+    def turn(x, cos, sin):
+        low, high = cut(x)
+        return aten.cat([lower(low, high, cos, sin), upper(low, high, cos, sin)], -1)
+
+    return turn
+
+
+def minus(low, high, cos, sin):
+    return aten.sub(aten.mul(low, cos), aten.mul(high, sin))
+
+
+def plus(low, high, cos, sin):
+    return aten.add(aten.mul(high, cos), aten.mul(low, sin))
+
+
+OTHER_HALVES = {
+    "turned back": near_miss_of_halves(
+        lambda low, high, cos, sin: aten.sub(aten.mul(high, sin), aten.mul(low, cos)), plus
+    ),
+    "sines for cosines": near_miss_of_halves(
+        minus, lambda low, high, cos, sin: aten.add(aten.mul(high, sin), aten.mul(low, cos))
+    ),
+    "same half": near_miss_of_halves(minus, lambda low, high, cos, sin: plus(low, low, cos, sin)),
+    "twice": near_miss_of_halves(
+        minus,
+        lambda low, high, cos, sin: aten.add(aten.mul(high, cos), aten.mul(low, sin), alpha=2),
+    ),
+    "halves swapped": near_miss_of_halves(minus, plus, lambda x: aten.split(x, D // 2, -1)[::-1]),
+    "every other": near_miss_of_halves(
+        minus, plus, lambda x: (aten.slice(x, 3, 0, D, 2), aten.slice(x, 3, 1, D, 2))
+    ),
+    "other heads": near_miss_of_halves(
+        minus, plus, lambda x: (aten.slice(x, 3, 0, 4), aten.slice(x + 1, 3, 4, D))
+    ),
+}
+
+
+@pytest.mark.parametrize("turn", OTHER_HALVES.values(), ids=OTHER_HALVES)
+def test_halves_that_are_turned_otherwise(turn):
+    def fn(q, k, cos, sin):
+        by = aten.unsqueeze(cos, 1), aten.unsqueeze(sin, 1)
+        return turn(heads(q), *by), halves(heads(k), *by)
+
+    reason, alone = declined(fn, *inputs(turned=D // 2))
+    assert reason.startswith("halves that are not ")
+    assert alone == ALONE
+
+
+def test_angles_of_one_half_are_not_those_of_all():
+    """Keys of which half the features are turned, beside queries turned as halves."""
+
+    def fn(q, k, cos, sin):
+        cos, sin = aten.unsqueeze(cos, 1), aten.unsqueeze(sin, 1)
+        k = heads(k)
+        part = turned(aten.slice(k, 3, 0, D // 2), cos, sin)
+        return halves(heads(q), cos, sin), aten.cat([part, aten.slice(k, 3, D // 2, D)], -1)
+
+    assert declined(fn, *inputs(turned=D // 2)) == [ALONE, ALONE]

@@ -142,9 +142,11 @@ def launch_attend():
     attend_triton(q, k, k, torch.zeros(1, 4, 1, 40))
 
 
-def launch_experts(T):
+def launch_experts(T, columns=False):
     E, H, F, K = 8, 16, 8, 2
     up, down = torch.randn(E, 2 * F, H).mT, torch.randn(E, H, F).mT
+    if columns:
+        up, down = up.contiguous(), down.contiguous()
     weights, ids = torch.rand(T, E).topk(K)
     experts_triton(torch.randn(T, H), ids, weights, up, down)
 
@@ -167,6 +169,10 @@ LAUNCHES = {  # and the kernels that they ask for
     "skinny_mm": (launch_skinny, ["skinny_mm"] * 2),
     "attend": (launch_attend, ["attend"] * 4),
     "few experts": (lambda: launch_experts(1), ["experts_down", "experts_up"]),
+    "few experts, columns": (
+        lambda: launch_experts(1, columns=True),
+        ["experts_down_columns", "experts_up_columns"],
+    ),
     "more experts": (lambda: launch_experts(3), ["grouped_mm"] * 2),
     "few experts, float8": (lambda: launch_experts_fp8(1), ["experts_down", "experts_up_fp8"]),
     "linear, float8": (launch_linear_fp8, ["grouped_mm_fp8"]),
@@ -181,7 +187,7 @@ def test_scratch_asks_what_the_launch_asked(name):
         launch()
     assert sorted(one.kernel.name for one in asked) == kernels
     for one, analytic in asked.items():
-        is_up = one.kernel.name.startswith("experts_up")
+        is_up = one.kernel.name in ("experts_up", "experts_up_fp8")
         with torch.inference_mode(), recording() as again:
             (call,) = getattr(_scratch, one.kernel.name)(one.kind, one.sizes, CPU)
             # Without blocks the launch chooses; where each row is a tile its caller did.
@@ -199,7 +205,9 @@ CASES = {  # kind, sizes
     "attend": [((8, 1, 128, 128, torch.bfloat16, "last"), (h, S)) for h in (1, 4, 512)
                for S in (1, 40, 4096)],
     "experts_up": [((torch.bfloat16, False, 8), (8, 2048, 1536))],
+    "experts_up_columns": [((torch.bfloat16, True, 4), (4, 2880, 5760))],
     "experts_up_fp8": [((torch.bfloat16, 128, 8), (8, 2048, 1536))],
+    "experts_down_columns": [((torch.bfloat16, K), (1, 2880, 2880)) for K in (1, 4, 6)],
     "experts_down": [((torch.bfloat16, fp8, 8), (1, 768, 2048)) for fp8 in (True, False)],
     "grouped_mm": [((torch.bfloat16, layout, 0, 8), (R, 128, 2048, 1536))
                    for layout in (True, False) for R in (1, 128, 1024, 8192, 65536)],

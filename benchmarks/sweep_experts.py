@@ -20,7 +20,7 @@ from bench_ops import LAYERS, microseconds, roofs, routings, weights
 from torch import Tensor
 
 from moe_compile.ops import _candidates, _experts_kernel, _overlap, moe
-from moe_compile.ops._experts_kernel import launch_few, launch_few_fp8
+from moe_compile.ops._experts_kernel import FewBlocks, launch_few, launch_few_fp8
 from moe_compile.ops._gate_up_fp8_kernel import GateUpBlocks
 from moe_compile.ops._grouped_mm_kernel import Gate
 
@@ -39,7 +39,7 @@ GATE_UP_DOTS = [
     ]
 ]
 GATE_UP += GATE_UP_DOTS
-Some = Blocks | GateUpBlocks | FewBlocks
+Some = GateUpBlocks | FewBlocks
 
 
 def main() -> None:

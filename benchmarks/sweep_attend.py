@@ -3,8 +3,8 @@
 For each model's attention, batch and length of the static cache, whole or a tenth of it filled: the
 candidates from fastest to slowest, both kernels together, beside what `choose_blocks` takes, that
 with a mask instead of the last position, and torch's attention with the mask and the copies that
-transformers gives it. Each call reads another cache, so that it comes from memory. The choice is
-written into `choose_blocks` by hand, with the numbers.
+transformers gives it (it has none for latents). Each call reads another cache, so that it comes
+from memory. The choice is written into `choose_blocks` by hand, with the numbers.
 """
 
 import argparse
@@ -25,23 +25,28 @@ from moe_compile.ops import _candidates
 from moe_compile.ops._attend_blocks import Blocks, choose_blocks
 from moe_compile.ops.attend import attend_triton
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Heads(NamedTuple):
-    """Heads of queries and of keys, and their features."""
+    """Heads of queries and of keys, their features, and those of a second part of both.
+
+    F is 0 where keys are the values.
+    """
 
     A: int
     G: int
     D: int
     F: int
+    U: int = 0
 
 
 MODELS = {
     "qwen3": Heads(32, 4, 128, 128),
     "mixtral": Heads(32, 8, 128, 128),
     "gpt_oss": Heads(64, 8, 64, 64),
-    "deepseek_v3": Heads(128, 128, 192, 128),
+    "deepseek_v3": Heads(128, 1, 512, 0, 64),
+    "deepseek_v3_expanded": Heads(128, 128, 192, 128),
 }
 _L2 = 2**27  # bytes that no cache of a GPU holds
 _MOST = 2**34  # bytes of all inputs of a case
@@ -49,14 +54,29 @@ _MOST = 2**34  # bytes of all inputs of a case
 
 def inputs(heads: Heads, B: int, S: int) -> Inputs:
     """A query, and a cache of random numbers that are made once."""
-    A, G, D, features = heads
-    like = {"device": "cuda", "dtype": torch.bfloat16}
-    shapes = (B, A, 1, D), (B, G, S, D), (B, G, S, features)
-    q, k, v = (torch.empty(shape, **like).normal_() for shape in shapes)
-    return q, k, v
+    A, G, D, features, U = heads
+
+    def random(*shape: int) -> Tensor:
+        return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
+
+    v = random(B, G, S, features) if features else None
+    rot = (random(B, A, 1, U), random(B, G, S, U)) if U else (None, None)
+    return random(B, A, 1, D), random(B, G, S, D), v, *rot
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    q_rot: Tensor | None,
+    k_rot: Tensor | None,
+    mask: Tensor | None = None,
+    **how: Any,
+) -> Tensor:
+    return attend_triton(q, k, v, mask, q_rot=q_rot, k_rot=k_rot, **how)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, _: None, __: None, mask: Tensor) -> Tensor:
     """With keys and values repeated, as transformers does."""
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
@@ -66,15 +86,15 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def choice(heads: Heads, B: int, S: int) -> Blocks:
     """What is taken today."""
-    A, G, D, features = heads
-    return choose_blocks(B * G, A // G, S, D + features, torch.bfloat16)
+    A, G, D, features, U = heads
+    return choose_blocks(B * G, A // G, S, D + features + U, torch.bfloat16, features or D)
 
 
 def candidates(heads: Heads, B: int, S: int) -> list[Blocks]:
     """What is taken today and the others."""
-    A, G, D, features = heads
+    A, G, D, features, U = heads
     chosen = choice(heads, B, S)
-    kind = (A // G, 1, D, features, torch.bfloat16, "last")
+    kind = (A // G, 1, D, features, U, torch.bfloat16, "last")
     return sorted({chosen, *_candidates.attend(kind, (B * G, S), chosen)})
 
 
@@ -88,9 +108,9 @@ def compile_one(job: Job) -> None:
     try:
         if masked:
             mask = torch.ones(1, 1, 1, S, dtype=torch.bool, device="cuda")
-            attend_triton(*args, mask, blocks=blocks)
+            attention(*args, mask, blocks=blocks)
         else:
-            attend_triton(*args, last=torch.tensor([S - 1], device="cuda"), blocks=blocks)
+            attention(*args, last=torch.tensor([S - 1], device="cuda"), blocks=blocks)
         torch.cuda.synchronize()
     except OutOfResources as error:
         print(f"{blocks}: {str(error).splitlines()[0]}", flush=True)
@@ -100,7 +120,7 @@ def sweep(model: str, B: int, S: int) -> None:
     """Print the fastest candidates."""
     heads = MODELS[model]
     chosen = choice(heads, B, S)
-    size = 2 * B * heads.G * S * (heads.D + heads.F)
+    size = 2 * B * heads.G * S * (heads.D + heads.F + heads.U)
     for filled in (S, S // 10):
         read = size * filled // S
         many = [inputs(heads, B, S) for _ in range(max(2, min(64, _L2 // read, _MOST // size)))]
@@ -114,10 +134,11 @@ def sweep(model: str, B: int, S: int) -> None:
         times: dict[Blocks, float] = {}
         for blocks in candidates(heads, B, S):
             try:
-                times[blocks] = time(attend_triton, last=last, blocks=blocks)
+                times[blocks] = time(attention, last=last, blocks=blocks)
             except OutOfResources:  # more shared memory than there is; told when it was compiled
                 continue
-        masked, peer = time(attend_triton, mask), time(torch_attention, mask)
+        masked = time(attention, mask)
+        peer = time(torch_attention, mask) if heads.F else float("nan")
         print(f"{model}, B = {B}, S = {S}, {filled} filled: roof {read / roofs()[0]:.2f} us")
         print(f"  torch  {peer:6.2f}", f"  masked {masked:6.2f} {tuple(chosen)}", sep="\n")
         print(f"  chosen {times.get(chosen, float('nan')):6.2f} {tuple(chosen)}")

@@ -5,7 +5,8 @@ every so many-th block of BLOCK_S positions: each key is read once for all of th
 multiply what would otherwise be 16 rows of nothing. Where several programs share a head, each
 leaves its sums and the highest score that they are relative to, and a second kernel puts these
 together. A decode of few sequences waits for memory a few times and does little else, so loads are
-begun together, and early.
+begun together, and early. Keys in two parts are two products with one sum, and keys that are the
+values, too, are read once.
 """
 
 import math
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_compile.ops._attend_blocks import Blocks, choose_blocks
+from moe_compile.ops._attend_blocks import Blocks, choose_blocks, shared_memory
 from moe_compile.ops._gated import LN_2, LOG2_E, LOG2_E_REST, rounded
 from moe_compile.ops._overlap import overlap, wait_for_previous
 from moe_compile.ops._tuned_kernels import ATTEND
@@ -71,6 +72,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
     v_ptr,
+    q_rot_ptr,
+    k_rot_ptr,
     mask_ptr,
     last_ptr,
     sinks_ptr,
@@ -91,6 +94,12 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     stride_vb,
     stride_vg,
     stride_vs,
+    stride_qrb,
+    stride_qra,
+    stride_qrq,
+    stride_krb,
+    stride_krg,
+    stride_krs,
     stride_mb,
     stride_ma,
     stride_mq,
@@ -100,6 +109,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     Q: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
+    U: tl.constexpr,
+    VALUES_ARE_KEYS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_LAST: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -112,6 +123,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_U: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -120,6 +132,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     split = tl.program_id(1)
     k_ptr += batch * stride_kb + g.to(tl.int64) * stride_kg
     v_ptr += batch * stride_vb + g.to(tl.int64) * stride_vg
+    k_rot_ptr += batch * stride_krb + g.to(tl.int64) * stride_krg
     wait_for_previous(PDL)
     end = S
     if HAS_LAST:
@@ -135,8 +148,15 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         q_ptr + batch * stride_qb + (head * stride_qa + query * stride_qq)[:, None] + d[None, :]
     )
     q = tl.load(q_ptrs, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
+    if U:
+        u = tl.arange(0, BLOCK_U)
+        q_rot_ptrs = q_rot_ptr + batch * stride_qrb + u[None, :]
+        q_rot_ptrs += (head * stride_qra + query * stride_qrq)[:, None]
+        q_rot = tl.load(q_rot_ptrs, mask=is_row[:, None] & (u < U)[None, :], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
+        if U:
+            q_rot = q_rot.to(tl.float32)
     mask_ptr += batch * stride_mb
     if BLOCK_M == 1:  # all rows have the same mask
         mask_ptr += (g * REPEATS).to(tl.int64) * stride_ma
@@ -171,12 +191,21 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             is_open = is_open & has_mask_row & _is_open(mask)
             is_key = tl.max(is_open.to(tl.int32), 0) > 0
         k_ptrs = k_ptr + start * stride_ks + (s[:, None] * stride_ks + d[None, :])
-        v_ptrs = v_ptr + start * stride_vs + (s[:, None] * stride_vs + f[None, :])
         k = tl.load(k_ptrs, mask=is_key[:, None] & (d < D)[None, :], other=0.0)
-        v = tl.load(v_ptrs, mask=is_key[:, None] & (f < F)[None, :], other=0.0)
+        v = k
+        if not VALUES_ARE_KEYS:
+            v_ptrs = v_ptr + start * stride_vs + (s[:, None] * stride_vs + f[None, :])
+            v = tl.load(v_ptrs, mask=is_key[:, None] & (f < F)[None, :], other=0.0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if U:
+            k_rot_ptrs = k_rot_ptr + start * stride_krs + (s[:, None] * stride_krs + u[None, :])
+            k_rot = tl.load(k_rot_ptrs, mask=is_key[:, None] & (u < U)[None, :], other=0.0)
+            if UPCAST:
+                k_rot = k_rot.to(tl.float32)
+            scores = tl.dot(q_rot, tl.trans(k_rot), scores, input_precision="ieee")
+        scores *= scale
         if HAS_MASK and mask_ptr.dtype.element_ty != tl.int1:
             scores += mask.to(tl.float32) * (1.0 if OF_E else LOG2_E)
         scores = tl.where(is_open, scores, float("-inf"))
@@ -258,17 +287,24 @@ def _put_together_kernel(  # type: ignore[no-untyped-def]
 def launch(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     mask_BAQS: Tensor | None,
     last: Tensor | None,
     sinks_BA: Tensor | None,
+    rot: tuple[Tensor, Tensor] | None,
     out_BAQF: Tensor,
     scale: float,
     blocks: Blocks | None = None,
 ) -> None:
     """Fill out, which is stored as [B, Q, A, F]: a program for each key head and split, then one
-    for each row of out, where there are several splits. The last strides of all inputs are 1."""
-    (B, A, Q, D), (G, S, F) = q.shape, v.shape[1:]
+    for each row of out, where there are several splits. The last strides of all inputs are 1.
+
+    rot: further features of queries and keys.
+    """
+    (B, A, Q, D), (G, S), F = q.shape, k.shape[1:3], out_BAQF.shape[3]
+    q_rot, k_rot = (q, k) if rot is None else rot
+    U = 0 if rot is None else q_rot.shape[3]
+    read = [x for x in (k, v, None if rot is None else k_rot) if x is not None]
     mask = q if mask_BAQS is None else mask_BAQS
     stride_ma, stride_mq = mask.stride()[1:3]
     is_shared = mask_BAQS is None or ((A == G or stride_ma == 0) and (Q == 1 or stride_mq == 0))
@@ -276,10 +312,10 @@ def launch(
     masked = None if mask_BAQS is None else (mask.dtype, is_shared)
     how = blocks or ATTEND.chosen(
         q.device,
-        (A // G, Q, D, F, q.dtype, "last" if last is not None else masked),
+        (A // G, Q, D, 0 if v is None else F, U, q.dtype, "last" if last is not None else masked),
         (B * G, S),
         choose_blocks,
-        *(B * G, rows, S, D + F, q.dtype),
+        *(B * G, rows, S, sum(x.shape[3] for x in read), q.dtype, F, shared_memory(q.device)),
     )
     sinks, stride_sink = (q, 0) if sinks_BA is None else (sinks_BA, sinks_BA.stride(0))
     sums = out_BAQF
@@ -289,7 +325,9 @@ def launch(
     _attend_kernel[(B * G, how.splits, triton.cdiv(rows, how.rows))](
         q,
         k,
-        v,
+        k if v is None else v,
+        q_rot,
+        k_rot,
         mask,
         q if last is None else last,
         sinks,
@@ -303,7 +341,9 @@ def launch(
         scale if q.dtype == torch.float32 else scale * math.log2(math.e),
         *q.stride()[:3],
         *k.stride()[:3],
-        *v.stride()[:3],
+        *(k if v is None else v).stride()[:3],
+        *q_rot.stride()[:3],
+        *k_rot.stride()[:3],
         *mask.stride()[:3],
         0 if last is None or last.shape[0] == 1 else last.stride(0),
         stride_sink,
@@ -311,6 +351,8 @@ def launch(
         Q=Q,
         D=D,
         F=F,
+        U=U,
+        VALUES_ARE_KEYS=v is None,
         HAS_MASK=mask_BAQS is not None,
         HAS_LAST=last is not None,
         HAS_SINKS=sinks_BA is not None,
@@ -323,10 +365,11 @@ def launch(
         BLOCK_S=how.positions,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         BLOCK_F=max(16, triton.next_power_of_2(F)),
+        BLOCK_U=max(16, triton.next_power_of_2(U)),
         STAGES=how.stages,
         num_warps=how.warps,
         num_stages=how.stages,
-        **overlap(q, k.nbytes + v.nbytes),
+        **overlap(q, sum(x.nbytes for x in read)),
     )
     if how.splits > 1:
         # As many numbers for each thread as ptxas loads before it waits for the first of them.

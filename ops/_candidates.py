@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moe_compile.ops._attend_blocks import WIDE
 from moe_compile.ops._attend_blocks import Blocks as AttendBlocks
 from moe_compile.ops._experts_columns_kernel import ColumnsBlocks
 from moe_compile.ops._experts_kernel import FewBlocks
@@ -73,7 +74,9 @@ def skinny_mm(kind: Kind, sizes: Sizes, analytic: SkinnyBlocks) -> list[SkinnyBl
 
 def attend(kind: Kind, sizes: Sizes, analytic: AttendBlocks) -> list[AttendBlocks]:
     """Some 24 blocks whose programs fill up to two of the machine."""
-    heads, S = sizes
+    (_, _, D, F, *_), (heads, S) = kind, sizes
+    if (F or D) > WIDE:
+        return _attend_wide(kind, sizes, analytic)
     found = set()
     counts = [n for n in (1, 2, 4, 8, 10, 16, 20, 32, 64) if 16 <= n * heads <= 300] or [1]
     for positions in 32, 64:
@@ -84,6 +87,20 @@ def attend(kind: Kind, sizes: Sizes, analytic: AttendBlocks) -> list[AttendBlock
                 if stages == 2 or not one_step:
                     found.add(AttendBlocks(analytic.rows, positions, splits, warps, stages))
     return sorted(found)
+
+
+def _attend_wide(kind: Kind, sizes: Sizes, analytic: AttendBlocks) -> list[AttendBlocks]:
+    """Values of many features: their sums take the registers of 8 warps, or of 4 for 16 rows."""
+    (repeats, Q, _, _, _, dtype, _), (heads, S) = kind, sizes
+    found = set()
+    for rows in (16,) if dtype == torch.float32 else (16, 32, 64):
+        programs, num_blocks = heads * -(-repeats * Q // rows), -(-S // analytic.positions)
+        counts = [n for n in (1, 2, 4, 8, 10, 16, 20, 32, 64) if 32 <= n * programs <= 300] or [1]
+        for splits in sorted({min(n, num_blocks) for n in counts})[-3:]:
+            for stages in (2,) if splits == num_blocks else (2, 3):
+                for warps in (4, 8) if rows == 16 else (8,):
+                    found.add(AttendBlocks(rows, analytic.positions, splits, warps, stages))
+    return sorted(b for b in found if b.rows < 2 * max(16, repeats * Q))
 
 
 _UP = [

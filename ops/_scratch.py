@@ -60,10 +60,10 @@ def skinny_mm(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
 
 def attend(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
     """Of one key head a sequence, which lies in memory as several of fewer sequences."""
-    (repeats, Q, D, F, dtype, masked), (heads, S) = kind, sizes
-    count = how_many(heads * S * (D + F) * dtype.itemsize, device)
-    q = values(device, dtype, heads, repeats, Q, D)
-    k, v = (values(device, dtype, count, heads, 1, S, features) for features in (D, F))
+    (repeats, Q, D, F, U, dtype, masked), (heads, S) = kind, sizes
+    count = how_many(heads * S * (D + F + U) * dtype.itemsize, device)
+    q, q_rot = (values(device, dtype, heads, repeats, Q, features) for features in (D, U))
+    k, v, k_rot = (values(device, dtype, count, heads, 1, S, features) for features in (D, F, U))
     mask, last = None, None
     if masked == "last":
         last = torch.full((heads,), S - 1, device=device)
@@ -72,10 +72,12 @@ def attend(kind: Kind, sizes: Sizes, device: torch.device) -> list[Call]:
         shape = (heads, 1, 1, S) if is_shared else (heads, repeats, Q, S)
         mask = torch.full(shape, mask_dtype == torch.bool, dtype=mask_dtype, device=device)
 
-    def call(k: Tensor, v: Tensor) -> Call:
-        return lambda blocks: attend_triton(q, k, v, mask, last=last, blocks=blocks)
+    def call(k: Tensor, v: Tensor, k_rot: Tensor) -> Call:
+        rot: dict[str, Any] = {"q_rot": q_rot, "k_rot": k_rot} if U else {}
+        given = (q, k, v if F else None, mask)
+        return lambda blocks: attend_triton(*given, last=last, blocks=blocks, **rot)
 
-    return [call(*one) for one in zip(k, v, strict=True)]
+    return [call(*one) for one in zip(k, v, k_rot, strict=True)]
 
 
 def _each_an_expert(R: int, K: int, count: int, device: torch.device) -> list[Tensor]:

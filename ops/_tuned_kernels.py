@@ -4,7 +4,7 @@ Each `chosen(device, kind, sizes, ...)` is called with these; `_scratch.py` make
 
 kernel                kind                                               sizes
 skinny_mm             rows compiled, dtype, K contiguous                 K, N of each weight
-attend                heads a key head, Q, D, F, dtype, mask             B * G, S
+attend                heads a key head, Q, D, F or 0, U, dtype, mask     B * G, S
 experts_up            dtype, gate and up interleaved, K                  R, H, G
 experts_up_columns    dtype, gate and up interleaved, K                  R, H, G
 experts_up_fp8        dtype, group of x's scales, K                      R, H, G

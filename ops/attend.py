@@ -9,22 +9,26 @@ goes over one score more, the sink of the query's head, whose weight is dropped.
 attend to nothing gives zeros. Keys and values that are closed (False, -inf, beyond last) to all
 queries of their head are not read, so that what a cache holds beyond its end costs nothing and
 reaches nothing.
+Queries and keys may come in two parts, q and k and q_rot and k_rot, whose products are added up.
+Without v, k are the values, too. So latents (MLA) and their rotary part are attended to where they
+lie, and read once.
 
 Letters: B batch, A query heads, G key heads (A a multiple of G), Q queries, S positions, D features
-    of queries and keys, F features of values.
+    of queries and keys, U of their second parts, F of values.
 Shapes: q [B, A, Q, D], k [B, G, S, D], v [B, G, S, F], mask [B or 1, A or 1, Q or 1, S] or
-    last [B or 1], sinks [B or 1, A] -> [B, A, Q, F], stored as [B, Q, A, F], which is the order
-    that a model goes on with. Q up to MOST_QUERIES, D and F up to MOST_FEATURES; B and S may be 0.
-    scale is 1 / sqrt(D) by default.
-Dtypes: q, k and v float32, float16 or bfloat16, all the same, also returned; mask bool or one of
-    these, of its own; sinks one of these, of their own; last int64 or int32. Softmax and sums in
-    float32; as factors of v the weights have v's dtype.
-Errors: ValueError for other ranks, dtypes or shapes, for a mask and last together, or tensors on
-    several devices.
+    last [B or 1], sinks [B or 1, A], q_rot [B, A, Q, U] and k_rot [B, G, S, U] -> [B, A, Q, F],
+    stored as [B, Q, A, F], which is the order that a model goes on with. Q up to MOST_QUERIES, D, F
+    and U up to MOST_FEATURES, but D up to MOST_LATENTS without v; B and S may be 0.
+    scale is 1 / sqrt(D + U) by default.
+Dtypes: q, k, v, q_rot and k_rot float32, float16 or bfloat16, all the same, also returned; mask
+    bool or one of these, of its own; sinks one of these, of their own; last int64 or int32. Softmax
+    and sums in float32; as factors of v the weights have v's dtype.
+Errors: ValueError for other ranks, dtypes or shapes, for a mask and last together, for one second
+    part alone, or tensors on several devices.
 Source: Flash-Decoding, Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html:
     positions are split over programs, and their results put together by their softmax' sums; the
     softmax as it goes of FlashAttention, Dao et al. 2022, arXiv:2205.14135. Sinks are those of
-    gpt-oss, OpenAI 2025, arXiv:2508.10925.
+    gpt-oss, OpenAI 2025, arXiv:2508.10925; latents those of DeepSeek-V2, 2024, arXiv:2405.04434.
 """
 
 import math
@@ -39,18 +43,24 @@ from moe_compile.ops._library import define
 
 MOST_QUERIES = 8
 MOST_FEATURES = 256
+MOST_LATENTS = 512
 
 
 def attend_reference(
     q_BAQD: Tensor,
     k_BGSD: Tensor,
-    v_BGSF: Tensor,
+    v_BGSF: Tensor | None,
     mask: Tensor | None = None,
     scale: float | None = None,
     last: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_rot: Tensor | None = None,
+    k_rot: Tensor | None = None,
 ) -> Tensor:
     """What `attend` means, in plain PyTorch and in the dtype it is given."""
+    v_BGSF = k_BGSD if v_BGSF is None else v_BGSF
+    if q_rot is not None and k_rot is not None:
+        q_BAQD, k_BGSD = torch.cat([q_BAQD, q_rot], -1), torch.cat([k_BGSD, k_rot], -1)
     (B, A, Q, D), (G, S) = q_BAQD.shape, k_BGSD.shape[1:3]
     if last is not None:
         mask = torch.arange(S, device=last.device) <= last.reshape(-1, 1, 1, 1)
@@ -75,24 +85,29 @@ def attend_reference(
 def attend_triton(
     q_BAQD: Tensor,
     k_BGSD: Tensor,
-    v_BGSF: Tensor,
+    v_BGSF: Tensor | None,
     mask: Tensor | None = None,
     scale: float | None = None,
     last: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_rot: Tensor | None = None,
+    k_rot: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """Launch the kernels: a program for each key head and split, then one for each row of out."""
-    _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks)
+    _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks, q_rot, k_rot)
     (B, A, Q, D), S = q_BAQD.shape, k_BGSD.shape[2]
-    out_BAQF = _empty(q_BAQD, v_BGSF)
+    out_BAQF = _empty(q_BAQD, k_BGSD, v_BGSF)
     if out_BAQF.numel() == 0 or S == 0:
         return out_BAQF.zero_()
-    q, k, v = map(_with_unit_stride, (q_BAQD, k_BGSD, v_BGSF))
+    q, k, rot, v = *map(_with_unit_stride, (q_BAQD, k_BGSD)), None, v_BGSF
+    if q_rot is not None and k_rot is not None:
+        rot, D = (_with_unit_stride(q_rot), _with_unit_stride(k_rot)), D + q_rot.shape[3]
+    v = None if v is None else _with_unit_stride(v)
     mask_BAQS = None if mask is None else _with_unit_stride(mask).expand(B, A, Q, S)
     scale = D**-0.5 if scale is None else scale
     sinks = None if sinks is None else _with_unit_stride(sinks).expand(B, A)
-    launch(q, k, v, mask_BAQS, last, sinks, out_BAQF, scale, blocks)
+    launch(q, k, v, mask_BAQS, last, sinks, rot, out_BAQF, scale, blocks)
     return out_BAQF
 
 
@@ -100,35 +115,39 @@ def _with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _empty(q_BAQD: Tensor, v_BGSF: Tensor) -> Tensor:
+def _empty(q_BAQD: Tensor, k_BGSD: Tensor, v_BGSF: Tensor | None) -> Tensor:
     """out [B, A, Q, F] such that its [B, Q, A * F], which a model goes on with, is a view."""
     B, A, Q, _ = q_BAQD.shape
-    return q_BAQD.new_empty(B, Q, A, v_BGSF.shape[3]).transpose(1, 2)
+    F = (k_BGSD if v_BGSF is None else v_BGSF).shape[3]
+    return q_BAQD.new_empty(B, Q, A, F).transpose(1, 2)
 
 
 def _check(
     q_BAQD: Tensor,
     k_BGSD: Tensor,
-    v_BGSF: Tensor,
+    v_BGSF: Tensor | None,
     mask: Tensor | None,
     last: Tensor | None,
     sinks: Tensor | None,
+    q_rot: Tensor | None,
+    k_rot: Tensor | None,
 ) -> None:
     op = "attend"
     check_dims(op, "q", q_BAQD, "[B, A, Q, D]")
     check_dims(op, "k", k_BGSD, "[B, G, S, D]")
-    check_dims(op, "v", v_BGSF, "[B, G, S, F]")
+    if v_BGSF is not None:
+        check_dims(op, "v", v_BGSF, "[B, G, S, F]")
     check_float(op, "q", q_BAQD)
-    for name, x in ("k", k_BGSD), ("v", v_BGSF):
-        check(x.dtype == q_BAQD.dtype, op, f"{name} in q's dtype {q_BAQD.dtype}", x.dtype)
-    check_same_device(op, q=q_BAQD, k=k_BGSD, v=v_BGSF, mask=mask, last=last, sinks=sinks)
-    (B, A, Q, D), (G, S, F) = q_BAQD.shape, v_BGSF.shape[1:]
-    check(Q <= MOST_QUERIES, op, f"up to {MOST_QUERIES} queries", Q)
-    for features in (D, F):
-        check(features <= MOST_FEATURES, op, f"up to {MOST_FEATURES} features", features)
-    check(k_BGSD.shape == (B, G, S, D), op, f"k [{B}, {G}, {S}, {D}] for q and v", k_BGSD.shape)
-    check(v_BGSF.shape[0] == B, op, f"v [{B}, G, S, F] for q", v_BGSF.shape)
-    check(G > 0 and A % G == 0, op, f"query heads in multiples of v's {G} heads", A)
+    for name, x in {"k": k_BGSD, "v": v_BGSF, "q_rot": q_rot, "k_rot": k_rot}.items():
+        if x is not None:
+            expected = f"{name} in q's dtype {q_BAQD.dtype}"
+            check(x.dtype == q_BAQD.dtype, op, expected, x.dtype)
+    tensors = {"mask": mask, "last": last, "sinks": sinks, "q_rot": q_rot, "k_rot": k_rot}
+    check_same_device(op, q=q_BAQD, k=k_BGSD, v=v_BGSF, **tensors)
+    _check_shapes(op, q_BAQD, k_BGSD, v_BGSF)
+    (B, A, Q, _), (G, S) = q_BAQD.shape, k_BGSD.shape[1:3]
+    if q_rot is not None or k_rot is not None:
+        _check_rot(op, q_rot, k_rot, (B, A, Q), (B, G, S))
     if mask is not None:
         _check_mask(op, mask, (B, A, Q, S))
     if last is not None:
@@ -143,6 +162,38 @@ def _check(
         check(fits, op, f"sinks [{B} or 1, {A}]", sinks.shape)
 
 
+def _check_shapes(op: str, q_BAQD: Tensor, k_BGSD: Tensor, v_BGSF: Tensor | None) -> None:
+    (B, A, Q, D), (_, G, S, F) = q_BAQD.shape, (k_BGSD if v_BGSF is None else v_BGSF).shape
+    most = MOST_LATENTS if v_BGSF is None else MOST_FEATURES
+    check(Q <= MOST_QUERIES, op, f"up to {MOST_QUERIES} queries", Q)
+    for features in (D, F):
+        check(features <= most, op, f"up to {most} features", features)
+    others = "q" if v_BGSF is None else "q and v"
+    check(k_BGSD.shape == (B, G, S, D), op, f"k [{B}, {G}, {S}, {D}] for {others}", k_BGSD.shape)
+    if v_BGSF is not None:
+        check(v_BGSF.shape[0] == B, op, f"v [{B}, G, S, F] for q", v_BGSF.shape)
+    check(G > 0 and A % G == 0, op, f"query heads in multiples of v's {G} heads", A)
+
+
+def _check_rot(
+    op: str,
+    q_rot: Tensor | None,
+    k_rot: Tensor | None,
+    queries: tuple[int, int, int],
+    positions: tuple[int, int, int],
+) -> None:
+    if q_rot is None or k_rot is None:
+        check(False, op, "q_rot and k_rot, or neither", "one")
+        return
+    for name, x, shape in ("q_rot", q_rot, queries), ("k_rot", k_rot, positions):
+        expected = f"{name} [{', '.join(map(str, shape))}, U]"
+        check_dims(op, name, x, "[B, A or G, Q or S, U]")
+        check(x.shape[:3] == shape, op, expected, x.shape)
+    U = q_rot.shape[3]
+    check(k_rot.shape[3] == U, op, f"{U} features of k_rot, as of q_rot", k_rot.shape[3])
+    check(U <= MOST_FEATURES, op, f"up to {MOST_FEATURES} features", U)
+
+
 def _check_mask(op: str, mask: Tensor, shape: tuple[int, int, int, int]) -> None:
     check_dims(op, "mask", mask, "[B or 1, A or 1, Q or 1, S]")
     expected = "mask in bool, float32, float16 or bfloat16"
@@ -155,33 +206,39 @@ def _check_mask(op: str, mask: Tensor, shape: tuple[int, int, int, int]) -> None
 def _fake(
     q_BAQD: Tensor,
     k_BGSD: Tensor,
-    v_BGSF: Tensor,
+    v_BGSF: Tensor | None,
     mask: Tensor | None = None,
     scale: float | None = None,
     last: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_rot: Tensor | None = None,
+    k_rot: Tensor | None = None,
 ) -> Tensor:
-    _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks)
-    return _empty(q_BAQD, v_BGSF)
+    _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks, q_rot, k_rot)
+    return _empty(q_BAQD, k_BGSD, v_BGSF)
 
 
 def _cpu(
     q_BAQD: Tensor,
     k_BGSD: Tensor,
-    v_BGSF: Tensor,
+    v_BGSF: Tensor | None,
     mask: Tensor | None = None,
     scale: float | None = None,
     last: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_rot: Tensor | None = None,
+    k_rot: Tensor | None = None,
 ) -> Tensor:
-    _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks)
-    q, k, v = q_BAQD.float(), k_BGSD.float(), v_BGSF.float()
-    return _empty(q_BAQD, v_BGSF).copy_(attend_reference(q, k, v, mask, scale, last, sinks))
+    _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks, q_rot, k_rot)
+    tensors = (q_BAQD, k_BGSD, v_BGSF, q_rot, k_rot)
+    q, k, v, *rot = (None if x is None else x.float() for x in tensors)
+    out = attend_reference(q, k, v, mask, scale, last, sinks, *rot)  # type: ignore[arg-type]
+    return _empty(q_BAQD, k_BGSD, v_BGSF).copy_(out)
 
 
 attend = define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask=None, float? scale=None, Tensor? last=None,"
-    " Tensor? sinks=None) -> Tensor",
+    "attend(Tensor q, Tensor k, Tensor? v, Tensor? mask=None, float? scale=None, Tensor? last=None,"
+    " Tensor? sinks=None, Tensor? q_rot=None, Tensor? k_rot=None) -> Tensor",
     cpu=_cpu,
     cuda=attend_triton,
     fake=_fake,

@@ -4,6 +4,7 @@ if __name__ != "moe_compile.passes":
     raise ImportError(f"{__name__!r} is moe_compile.passes: import it by that name")
 
 from moe_compile.passes._outcome import Pass
+from moe_compile.passes.absorb_latents import absorb_latents
 from moe_compile.passes.choose_attention import choose_attention
 from moe_compile.passes.choose_kernels import choose_kernels
 from moe_compile.passes.choose_linear import choose_linear
@@ -43,5 +44,6 @@ PASSES: tuple[Pass, ...] = (
     count_together,
     rotate_together,
     read_cache,
+    absorb_latents,
     store_together,
 )

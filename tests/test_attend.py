@@ -35,6 +35,57 @@ def test_matches_reference(fn, shape, dtype, device):
     assert out.transpose(1, 2).is_contiguous()
 
 
+def latents(B, A, G, Q, S, D, U, device, dtype=torch.float32):
+    """Queries and keys in two parts, and no values: the keys are."""
+    shapes = (B, A, Q, D), (B, G, S, D), (B, A, Q, U), (B, G, S, U)
+    q, k, q_rot, k_rot = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    return (q, k, None), {"q_rot": q_rot, "k_rot": k_rot}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 20, 1, 1, 40, 512, 64), (3, 4, 2, 3, 33, 48, 8), (0, 4, 1, 1, 9, 16, 16)], ids=str
+)
+@pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "triton"])
+def test_latents(fn, shape, dtype, device):
+    args, how = latents(*shape, device, dtype)
+    B, S = shape[0], shape[4]
+    last = torch.tensor([S // 2, S, -1], device=device)[:B]
+    for more in {}, {"last": last}, {"mask": torch.arange(S, device=device).view(1, 1, 1, S) > 4}:
+        out = fn(*args, **how, **more)
+        assert_close(out, attend_reference, *args, **how, **more)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_latents_are_keys_and_values(splits, device):
+    """And what lies beyond the last is not read."""
+    (q, k, _), how = latents(1, 8, 1, 1, 150, 32, 16, device)
+    k[:, :, 100:], how["k_rot"][:, :, 100:] = torch.nan, torch.inf
+    last, blocks = torch.tensor([99], device=device), Blocks(16, 32, splits, 4, 2)
+    whole = torch.cat([q, how["q_rot"]], -1), torch.cat([k, how["k_rot"]], -1), k
+    out = attend_triton(q, k, None, last=last, blocks=blocks, **how)
+    assert out.isfinite().all()
+    assert_close(out, attend_reference, *whole, last=last)
+
+
+def test_each_of_two_parts_and_no_values_alone(device):
+    (q, k, _), how = latents(2, 4, 2, 1, 20, 16, 24, device)
+    v = torch.randn(2, 2, 20, 8, device=device)
+    for fn in FUNCTIONS:
+        assert_close(fn(q, k, v, **how), attend_reference, q, k, v, **how)
+        assert_close(fn(q, k, None), attend_reference, q, k, k)
+
+
+def test_strided_latents(device):
+    """Queries as a product for each head leaves them, caches that are slices of longer rows."""
+    q = torch.randn(4, 2, 32, device=device).view(4, 2, 1, 32).permute(1, 0, 2, 3)
+    q_rot = torch.randn(2, 1, 4, 20, device=device)[..., 4:].transpose(1, 2)
+    k, k_rot = torch.randn(2, 1, 40, 48, device=device).split([32, 16], -1)
+    how = {"q_rot": q_rot, "k_rot": k_rot}
+    assert_close(attend_triton(q, k, None, **how), attend_reference, q, k, None, **how)
+
+
 def test_reference_is_torch():
     q, k, v = inputs(2, 6, 2, 3, 20, 16, 8, "cpu", torch.float64)
     mask = torch.rand(2, 1, 3, 20) < 0.5
@@ -180,6 +231,20 @@ def test_blocks_fill_the_machine(heads, positions):
     assert heads * blocks.splits >= min(132, heads * num_blocks, heads * 128)
 
 
+@pytest.mark.parametrize("heads", [1, 16, 128])
+@pytest.mark.parametrize("positions", [1, 640, 4096, 2**17])
+def test_blocks_of_latents(heads, positions):
+    """Of 128 query heads a sequence."""
+    blocks = choose_blocks(heads, 128, positions, 576, torch.bfloat16, 512)
+    programs = heads * 128 // blocks.rows * blocks.splits
+    assert programs >= min(128, heads * 8 * -(-positions // 32))
+    assert blocks.splits == 1 or programs <= 512
+    small = choose_blocks(heads, 128, positions, 576, torch.bfloat16, 512, 99 * 1024)
+    for b, most in (blocks, 227 * 1024), (small, 99 * 1024):
+        queries = b.rows if b.rows == 64 else 0  # which Hopper takes from shared memory
+        assert (queries + b.stages * b.positions) * 576 * 2 < most
+
+
 CASES = [((2, 4, 2, 1, 70, 32, 32), None), ((2, 4, 2, 2, 40, 16, 8), (2, 1, 1, 40))]
 
 
@@ -191,6 +256,7 @@ def test_opcheck(shape, mask, device):
         last = torch.tensor([3, 60], device=device)
         sinks = torch.randn(1, 4, device=device)
         torch.library.opcheck(attend, inputs(*shape, device), {"last": last, "sinks": sinks})
+        torch.library.opcheck(attend, *latents(2, 4, 1, 1, 40, 32, 16, device))
 
 
 REAL = [  # B, A, G, Q, S, D, F
@@ -224,6 +290,32 @@ def test_real_sizes(shape, dtype, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("S", [640, 4096])
+@pytest.mark.parametrize("B", [1, 2, 16])
+def test_latents_of_real_sizes(B, S, dtype, device):
+    """DeepSeek-V3."""
+    args, how = latents(B, 128, 1, 1, S, 512, 64, device, dtype)
+    assert_close(attend(*args, **how), attend_reference, *args, **how)
+    last = torch.randint(0, S, (B,), device=device)
+    for more in {"last": last}, {"last": torch.tensor([S // 10], device=device), "scale": 0.1}:
+        assert_close(attend(*args, **how, **more), attend_reference, *args, **how, **more)
+    mask = torch.arange(S, device=device) <= last.view(B, 1, 1, 1)
+    assert_close(attend(*args, mask, **how), attend_reference, *args, mask, **how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_latents_in_all_blocks(rows, device):
+    args, how = latents(2, 128, 1, 1, 1000, 512, 64, device, torch.bfloat16)
+    how["last"] = torch.tensor([700, 3], device=device)
+    for splits, stages in (1, 2), (4, 2), (8, 3):
+        blocks = Blocks(rows, 32, splits, 8, stages)
+        out = attend_triton(*args, blocks=blocks, **how)
+        assert_close(out, attend_reference, *args, **how)
+
+
+@pytest.mark.gpu
 def test_in_a_cuda_graph(device):
     """Captured with one length of the cache, replayed with others."""
     args = inputs(2, 8, 2, 1, 700, 128, 128, device, torch.bfloat16)
@@ -249,8 +341,12 @@ def test_in_a_cuda_graph(device):
 
 def wrong(**changes):
     q, k, v = inputs(2, 4, 2, 1, 10, 16, 8, "cpu")
-    none = dict.fromkeys(("mask", "scale", "last", "sinks"))
+    none = dict.fromkeys(("mask", "scale", "last", "sinks", "q_rot", "k_rot"))
     return {"q": q, "k": k, "v": v, **none, **changes}
+
+
+def rotary(q=(2, 4, 1, 8), k=(2, 2, 10, 8)):
+    return wrong(q_rot=torch.ones(q), k_rot=torch.ones(k))
 
 
 @pytest.mark.parametrize(
@@ -282,6 +378,22 @@ def wrong(**changes):
         (wrong(sinks=torch.ones(4)), r"sinks \[B or 1, A\], got \[4\]"),
         (wrong(sinks=torch.ones(1, 2)), r"sinks \[2 or 1, 4\], got \[1, 2\]"),
         (wrong(sinks=torch.ones(1, 4).int()), "sinks in float32, .*, got torch.int32"),
+        (wrong(q_rot=torch.ones(2, 4, 1, 8)), "q_rot and k_rot, or neither, got one"),
+        (wrong(k_rot=torch.ones(2, 2, 10, 8)), "q_rot and k_rot, or neither, got one"),
+        (rotary(q=(2, 4, 1, 16)), "16 features of k_rot, as of q_rot, got 8"),
+        (rotary(q=(2, 4, 2, 8)), r"q_rot \[2, 4, 1, U\], got \[2, 4, 2, 8\]"),
+        (rotary(k=(2, 4, 10, 8)), r"k_rot \[2, 2, 10, U\], got \[2, 4, 10, 8\]"),
+        (rotary(k=(10, 8)), r"k_rot \[B, A or G, Q or S, U\], got \[10, 8\]"),
+        (rotary(q=(2, 4, 1, 257), k=(2, 2, 10, 257)), "up to 256 features, got 257"),
+        (
+            wrong(q_rot=torch.ones(2, 4, 1, 8).half(), k_rot=torch.ones(2, 2, 10, 8)),
+            "q_rot in q's dtype torch.float32, got torch.float16",
+        ),
+        (
+            wrong(q=torch.ones(2, 4, 1, 513), k=torch.ones(2, 2, 10, 513), v=None),
+            "up to 512 features, got 513",
+        ),
+        (wrong(k=torch.ones(2, 2, 10, 8), v=None), r"k \[2, 2, 10, 16\] for q, got"),
         (wrong(last=torch.ones(2, device="meta").int()), "all tensors on one device, got"),
         (wrong(mask=torch.ones(1, 1, 1, 10, device="meta")), "all tensors on one device, got"),
     ],

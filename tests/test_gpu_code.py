@@ -106,12 +106,13 @@ DOWN_COLUMNS = {
 
 ATTEND = {
     **{name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "sinks_ptr", "out_ptr")},
+    **{"q_rot_ptr": "*bf16", "k_rot_ptr": "*bf16"},
     **{"mask_ptr": "*i1", "last_ptr": "*i64", "sums_ptr": "*fp32", "scale": "fp32"},
     **{
         name: "i32"
         for name in ("S", "splits", "blocks", "num_rows", "G", "stride_l", "stride_sink")
     },
-    **{f"stride_{x}{dim}": "i32" for x, dim in product("qkvm", "bagsq")},
+    **{f"stride_{x}{dim}": "i32" for x, dim in product((*"qkvm", "qr", "kr"), "bagsq")},
 }
 ROTATE = {
     **dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr"), "*bf16"),
@@ -146,8 +147,15 @@ def heads(repeats, d, f, rows, positions, stages, **constants):
     shape = {"REPEATS": repeats, "Q": 1, "D": d, "F": f, "BLOCK_M": 1}
     block = {"BLOCK_R": rows, "BLOCK_S": positions, "BLOCK_D": 128, "BLOCK_F": 128}
     flags = {"HAS_MASK": True, "HAS_LAST": False, "SCAN": True, "ONE_STEP": False, "SPLIT": True}
-    off = {"HAS_SINKS": False, "UPCAST": False}
+    off = {"HAS_SINKS": False, "UPCAST": False, "VALUES_ARE_KEYS": False, "U": 0, "BLOCK_U": 16}
     return {**shape, **block, **flags, **off, "STAGES": stages, **constants}
+
+
+def latents(rows, positions, stages, **constants):
+    """The same for DeepSeek-V3: 128 heads over latents and their rotary part."""
+    wide = {"BLOCK_D": 512, "BLOCK_F": 512, "U": 64, "BLOCK_U": 64, "VALUES_ARE_KEYS": True}
+    last = {"HAS_MASK": False, "HAS_LAST": True, "SCAN": False}
+    return heads(128, 512, 512, rows, positions, stages, **{**wide, **last, **constants})
 
 
 LAST = {"HAS_MASK": False, "HAS_LAST": True, "SCAN": False}  # instead of a mask
@@ -507,6 +515,14 @@ KERNELS = {  # module, kernel, types, constants, warps
         4,
     ),
     "attend of DeepSeek": ("attend", ATTEND, heads(1, 192, 128, 16, 64, 2, BLOCK_D=256), 4),
+    "attend to latents": ("attend", ATTEND, latents(16, 32, 2, ONE_STEP=True), 8),
+    "attend to many latents": ("attend", ATTEND, latents(64, 32, 2), 8),
+    "attend to latents in float32": (
+        "attend",
+        {name: kind.replace("bf16", "fp32") for name, kind in ATTEND.items()},
+        latents(16, 16, 2),
+        8,
+    ),
     "attend with many rows, a mask for each": (
         "attend",
         {**ATTEND, "mask_ptr": "*bf16"},

@@ -90,7 +90,7 @@ def test_the_nearest_that_serves_these_sizes(kernel):
 
 
 def test_attend_has_no_more_splits_than_blocks_of_positions():
-    kind, analytic = (1, 1, 64, 64, torch.bfloat16, "last"), AttendBlocks(16, 64, 1, 4, 2)
+    kind, analytic = (1, 1, 64, 64, 0, torch.bfloat16, "last"), AttendBlocks(16, 64, 1, 4, 2)
     measured = AttendBlocks(16, 32, 20, 4, 2)
     ATTEND.keep("cpu", kind, (4, 640), measured, 1.0)
     for S, blocks in (640, measured), (1000, measured), (609, measured), (608, analytic):

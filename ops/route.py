@@ -39,7 +39,7 @@ from moe_compile.ops._check import (
 from moe_compile.ops._cpu import route_cpu
 from moe_compile.ops._library import define
 from moe_compile.ops._overlap import overlap
-from moe_compile.ops._route_kernel import route_kernel
+from moe_compile.ops._route_kernel import Routing, route_kernel
 from moe_compile.ops._route_many_kernel import choose_rows
 from moe_compile.ops._route_many_kernel import launch as launch_many
 
@@ -130,30 +130,19 @@ def route_triton(
     if num_groups == 1 and rows > 1:
         launch_many(logits_TE, bias_E, results, rows, score, score_first, renormalize, eps, scale)
         return results
-    per_group = E // num_groups
-    BLOCK_P, BLOCK_S = triton.next_power_of_2(num_groups), triton.next_power_of_2(per_group)
+    routing = Routing(
+        *(top_k, score, score_first, bias_E, num_groups, top_groups, group_score, renormalize)
+    )
     route_kernel[(T,)](
         logits_TE,
         logits_TE if bias_E is None else bias_E.contiguous(),
         weights_TK,
         ids_TK,
         logits_TE.stride(0),
-        per_group,
-        num_groups,
-        top_groups,
         float(eps),
         float(scale),
-        K=top_k,
-        SCORE=score,
-        SCORE_FIRST=score_first,
-        HAS_BIAS=bias_E is not None,
-        GROUPED=num_groups > 1,
-        PER_GROUP=1 if group_score == "max" else 2,
-        RENORMALIZE=renormalize,
-        BLOCK_P=BLOCK_P,
-        BLOCK_S=BLOCK_S,
-        BLOCK_K=triton.next_power_of_2(top_k),
-        num_warps=max(1, BLOCK_P * BLOCK_S // 1024),
+        HOW=routing.constants(E, logits_TE.dtype),
+        num_warps=max(1, triton.next_power_of_2(E) // 1024),
         **overlap(logits_TE),
     )
     return results

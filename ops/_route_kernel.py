@@ -164,8 +164,9 @@ def route_rows(  # type: ignore[no-untyped-def]
     ids = (tl.arange(0, LINES) * LINE)[None, :, None] + tl.arange(0, LINE)[None, None, :]
     ptrs = logits_ptr + (row * stride_t)[:, None, None] + ids
     mask = (ids < E) & (row < T)[:, None, None]
-    logits = tl.load(ptrs, mask=mask, other=float("-inf"), cache_modifier=CACHE).to(tl.float32)
+    logits = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
     inside = tl.broadcast_to(ids, logits.shape) < E
+    logits = tl.where(inside, logits, float("-inf"))
 
     choice = logits
     if SCORE_FIRST:

@@ -148,43 +148,21 @@ def route_triton(
     return results
 
 
-def _check(
-    logits_TE: Tensor,
-    top_k: int,
-    score: str,
-    score_first: bool,
-    bias_E: Tensor | None,
-    num_groups: int,
-    top_groups: int,
-    group_score: str,
-    dtype: torch.dtype | None,
-) -> None:
-    op = "route"
-    check_dims(op, "logits", logits_TE, "[T, E]")
-    check_float(op, "logits", logits_TE)
-    E = logits_TE.shape[1]
-    check_choice = _check_choice_once if type(E) is int else _check_choice
-    check_choice(
-        E, top_k, score, score_first, bias_E is None, num_groups, top_groups, group_score, dtype
-    )
+def check_choice(op: str, like: Tensor, E: int, routing: Routing) -> None:
+    """What chooses among E experts fits together, and is on the device that `like` is on."""
+    bias_E = routing.bias
+    plain = routing._replace(bias=None, eps=0.0, scale=1.0)
+    check_settings = _check_settings_once if type(E) is int else _check_settings
+    check_settings(op, E, bias_E is None, plain)
     if bias_E is not None:
-        check(bias_E.shape == (E,), op, f"bias [{E}]", list(bias_E.shape))
-        check_float(op, "bias", bias_E)
-        check_same_device(op, logits=logits_TE, bias=bias_E)
+        name = "bias" if op == "route" else "choice_bias"
+        check(bias_E.shape == (E,), op, f"{name} [{E}]", list(bias_E.shape))
+        check_float(op, name, bias_E)
+        check_same_device(op, **{"logits" if op == "route" else "x": like, name: bias_E})
 
 
-def _check_choice(
-    E: int,
-    top_k: int,
-    score: str,
-    score_first: bool,
-    unbiased: bool,
-    num_groups: int,
-    top_groups: int,
-    group_score: str,
-    dtype: torch.dtype | None,
-) -> None:
-    op = "route"
+def _check_settings(op: str, E: int, unbiased: bool, routing: Routing) -> None:
+    top_k, score, score_first, _, num_groups, top_groups, group_score, *_ = routing
     check(score in SCORES, op, f"score in {SCORES}", score)
     check(group_score in GROUP_SCORES, op, f"group_score in {GROUP_SCORES}", group_score)
     check(num_groups >= 1 and E % num_groups == 0, op, f"num_groups dividing E = {E}", num_groups)
@@ -196,11 +174,11 @@ def _check_choice(
     check(1 <= top_k <= candidates, op, f"top_k in 1..{candidates}", top_k)
     plain = unbiased and num_groups == 1
     check(score_first or plain, op, "bias and groups only with score_first", "score_first=False")
-    check_float_dtype(op, dtype)
+    check_float_dtype(op, routing.dtype)
 
 
 # Its words take longer to write than the op to run; a symbolic E can't be a key.
-_check_choice_once = functools.cache(_check_choice)
+_check_settings_once = functools.cache(_check_settings)
 
 
 def _fake(
@@ -217,8 +195,11 @@ def _fake(
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(logits_TE, top_k, score, score_first, bias_E, num_groups, top_groups, group_score, dtype)
-    T = logits_TE.shape[0]
+    check_dims("route", "logits", logits_TE, "[T, E]")
+    check_float("route", "logits", logits_TE)
+    T, E = logits_TE.shape
+    choice = (top_k, score, score_first, bias_E, num_groups, top_groups, group_score)
+    check_choice("route", logits_TE, E, Routing(*choice, dtype=dtype))
     weights_TK = logits_TE.new_empty(T, top_k, dtype=dtype or torch.float32)
     return weights_TK, logits_TE.new_empty(T, top_k, dtype=torch.int64)
 

@@ -31,6 +31,7 @@ MOST_ROWS_OF_SUMS = 4  # each row has sums of its own in the registers of every 
 MOST_WEIGHTS = 4
 LEAST_PART = 32  # of the normed rows, for one program to store
 MOST_KEPT = 4096  # elements of all rows that a program holds meanwhile, 32 a thread
+MOST_ROWS_ROUTED = 16  # by one program, one after another in each of its warps
 MOST_LOGITS = 4096  # of all rows, padded, which one program holds to route them
 SMS = 132  # of an H100 or H200
 
@@ -240,11 +241,12 @@ def can_keep(x_MK: Tensor, ws: Sequence[Tensor]) -> bool:
     return rows * _part(x_MK.shape[1], ws, blocks) <= MOST_KEPT
 
 
-def can_route(x_MK: Tensor, w_KN: Tensor, routing: Routing, norm: bool) -> bool:
-    """Does one program hold the logits of all rows?"""
-    blocks = _blocks_for(x_MK, [w_KN], norm)
-    *_, lines, line = routing.constants(w_KN.shape[1], torch.float32)
-    return _routed(x_MK.shape[0], blocks) * lines * line <= MOST_LOGITS
+def can_route(x_MK: Tensor, w_KN: Tensor, routing: Routing) -> bool:
+    """Does one program hold the logits of all rows, which are few?"""
+    (M, K), N = x_MK.shape, w_KN.shape[1]
+    blocks = choose_blocks(M, K, N, x_MK.dtype, w_KN.stride(0) == 1)
+    *_, lines, line = routing.constants(N, torch.float32)
+    return M <= MOST_ROWS_ROUTED and _routed(M, blocks) * lines * line <= MOST_LOGITS
 
 
 def _routed(M: int, blocks: Blocks) -> int:

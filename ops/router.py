@@ -85,7 +85,7 @@ def takes_one_launch(
 ) -> bool:
     """Is there a kernel for all of it?"""
     fit = fits(x_TH, [w_HE], norm) and (not keep or can_keep(x_TH, [w_HE]))
-    return fit and can_route(x_TH, w_HE, routing, norm)
+    return fit and can_route(x_TH, w_HE, routing)
 
 
 def _in_turn(

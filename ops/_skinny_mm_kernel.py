@@ -1,4 +1,4 @@
-"""The kernel of `skinny_mm`, `skinny_mms`, `rms_norm_mms` and `router`, and the choice of its blocks.
+"""The kernel of `skinny_mm`, `skinny_mms`, `rms_norm_mms` and `router`, and its blocks.
 
 A program computes a few columns of one weight for all rows, over all of K: sums that several
 programs share would need atomics, whose order, and so the result, changes from run to run. Where

@@ -80,9 +80,7 @@ def router_triton(
     return [weights_TK, ids_TK, *kept]
 
 
-def takes_one_launch(
-    x_TH: Tensor, w_HE: Tensor, norm: bool, keep: bool, routing: Routing
-) -> bool:
+def takes_one_launch(x_TH: Tensor, w_HE: Tensor, norm: bool, keep: bool, routing: Routing) -> bool:
     """Is there a kernel for all of it?"""
     fit = fits(x_TH, [w_HE], norm) and (not keep or can_keep(x_TH, [w_HE]))
     return fit and can_route(x_TH, w_HE, routing)

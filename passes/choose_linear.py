@@ -92,9 +92,11 @@ def _gains(node: fx.Node, x: Any, w: Any, bias: Any = None) -> bool:
     """Is this a product that `skinny_mm` computes, and faster?"""
     M, (K, N) = val(x).shape[0], val(w).shape
     known = all(isinstance(size, int) for size in (M, K, N))
+    if not known or node.kwargs:
+        return False
     device, dtype = val(x).device.type, val(x).dtype
-    router = known and device == "cuda" and _are_logits(node) and M <= most_rows(dtype)
-    if not known or node.kwargs or not (router or dtype in _FLOATS.get(device, ())):
+    router = device == "cuda" and _are_logits(node) and most_rows(dtype) >= M
+    if not router and dtype not in _FLOATS.get(device, ()):
         return False
     if bias is not None and (val(bias).shape != (N,) or val(bias).dtype != val(x).dtype):
         return False

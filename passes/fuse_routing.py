@@ -47,10 +47,10 @@ def fuse_routing(graph: fx.Graph) -> Outcome:
         arg0_1: bf16[2, 64]
         arg1_1: bf16[64]
         arg2_1: bf16[64, 32]
-        rms_norm_mms = moe_compile.rms_norm_mms(arg0_1, arg1_1, 1e-06, [arg2_1], [None], keep=True)
+        rms_norm_mms = moe_compile.rms_norm_mms(arg0_1, arg1_1, 1e-06, [arg2_1], [None], True, True)
         getitem: bf16[2, 32] = rms_norm_mms[0]
         getitem_1: bf16[2, 64] = rms_norm_mms[1]
-        route = moe_compile.route(getitem, 4, renormalize=True)
+        route = moe_compile.route(getitem, 4)
         getitem_2: f32[2, 4] = route[0]
         getitem_3: i64[2, 4] = route[1]
         return [getitem_1, getitem_2, getitem_3]
@@ -59,7 +59,7 @@ def fuse_routing(graph: fx.Graph) -> Outcome:
         arg0_1: bf16[2, 64]
         arg1_1: bf16[64]
         arg2_1: bf16[64, 32]
-        router = moe_compile.router(arg0_1, arg2_1, None, arg1_1, 1e-06, True, True, 4, renormalize=True)
+        router = moe_compile.router(arg0_1, arg2_1, None, arg1_1, 1e-06, True, True, 4)
         getitem: f32[2, 4] = router[0]
         getitem_1: i64[2, 4] = router[1]
         getitem_2: bf16[2, 64] = router[2]
@@ -70,7 +70,7 @@ def fuse_routing(graph: fx.Graph) -> Outcome:
     that is computed after the product; a number of rows that is not known, and more rows or experts
     than one program routes (`ops/_skinny_mm_kernel.py`).
     Numerics: the same to the bit.
-    """  # noqa: E501
+    """
     outcome = Outcome()
     for route in graph.find_nodes(op="call_function", target=moe.route.default):
         logits = args(route)[0]

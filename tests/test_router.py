@@ -60,6 +60,10 @@ def ops(x, w, bias, norm, eps, round_first, keep, *how):
     return *route(logits, *how), *kept
 
 
+def is_one_launch(x, w, _bias, norm, _eps, _round_first, keep, *how):
+    return takes_one_launch(x, w, norm is not None, keep, Routing(*how))
+
+
 def assert_same(got, want):
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
@@ -68,8 +72,8 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_bits_as_two_launches(case, device):
-    x, w, bias, norm, *rest = args = inputs(*CASES[case], device)
-    assert takes_one_launch(x, w, norm is not None, rest[2], Routing(*rest[3:]))
+    args = inputs(*CASES[case], device)
+    assert is_one_launch(*args)
     assert_same(router_triton(*args), two_launches(*args))
 
 
@@ -82,8 +86,8 @@ def test_groups_and_a_bias_of_the_choice(case, device):
 
 @pytest.mark.parametrize("case", TWO_LAUNCHES)
 def test_what_one_launch_does_not_take(case, device):
-    x, w, bias, norm, *rest = args = inputs(*TWO_LAUNCHES[case], device)
-    assert not takes_one_launch(x, w, norm is not None, rest[2], Routing(*rest[3:]))
+    args = inputs(*TWO_LAUNCHES[case], device)
+    assert not is_one_launch(*args)
     assert_same(router_triton(*args), ops(*args))
 
 

@@ -430,7 +430,7 @@ def test_compiled_qwen3_on_a_gpu(batch, device):
     tokens = torch.arange(48, device=device).view(-1, batch, 1)
     want = torch.cat([exact(part, use_cache=False).logits for part in tokens])
     torch._dynamo.reset()
-    require = {"fuse_residual": 4, "fuse_norm": 5}
+    require = {"fuse_residual": 4, "fuse_norm": 5, "fuse_routing": 2}
     fn = torch.compile(model, backend="moe_compile", fullgraph=True, options={"require": require})
     errors = []
     for forward in fn, model:

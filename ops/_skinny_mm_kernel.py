@@ -8,7 +8,7 @@ So each program reads whole rows of x, and can norm them as it does: it adds up 
 their products (`_skinny_mm_sums.py`), and scales the sums by what the squares say at the end.
 
 And where the columns are a router's logits, the last program to have stored its own chooses the
-experts of all rows: a launch less, which takes longer than what it does.
+experts of all rows, which saves a launch.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ MOST_ROWS_OF_SUMS = 4  # each row has sums of its own in the registers of every 
 MOST_WEIGHTS = 4
 LEAST_PART = 32  # of the normed rows, for one program to store
 MOST_KEPT = 4096  # elements of all rows that a program holds meanwhile, 32 a thread
-MOST_ROWS_ROUTED = 16  # by one program, one after another in each of its warps
+MOST_ROWS_ROUTED = 16  # by one program, each warp several
 MOST_LOGITS = 4096  # of all rows, padded, which one program holds to route them
 SMS = 132  # of an H100 or H200
 
@@ -293,8 +293,8 @@ def launch(
 
     residual: added to the product with a single weight.
     norm: of x before; the normed rows, where kept, come last.
-    chosen: what is filled from the product with a single weight, which then is in float32, in which
-        a warp reads a line of it at once.
+    chosen: what is filled from the product with a single weight. This is in float32 then, as
+        `route_rows` reads it best, but rounded to x's dtype.
     """
     M, K = x_MK.shape
     Ns = [w.shape[1] for w in ws]

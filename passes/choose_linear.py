@@ -65,10 +65,10 @@ def choose_linear(graph: fx.Graph) -> Outcome:
     Left alone: a number of rows that is not known, or above MOST_ROWS; weights of less than
     LEAST_WEIGHT elements, computed in the graph, or not contiguous along K or N. On a GPU also
     float32, weights of more than MOST_COLUMNS_CUDA, those whose columns (or rows) begin on no
-    multiple of 16 bytes, and more than MOST_ROWS_OF_SUMS rows of one weight of many columns; but
-    the logits that `route` reads may come from a small weight, and in float32 of few rows, since
-    `fuse_routing` then needs no launch for it. In
-    float8 also rows that `quant_fp8` did not make, or in other groups or with other roundings.
+    multiple of 16 bytes, and more than MOST_ROWS_OF_SUMS rows of one weight of many columns. What
+    `route` alone reads may come from a small weight there, and in float32 of MOST_ROWS_OF_SUMS
+    rows, since `fuse_routing` then saves a launch. In float8 also rows that `quant_fp8` did not
+    make, or in other groups or with other roundings.
     Numerics: summed in float32 and rounded once, in another order.
     """
     outcome = Outcome()

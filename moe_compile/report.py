@@ -101,6 +101,7 @@ _PICKY = (
     "choose_linear",
     "fuse_residual",
     "fuse_norm",
+    "fuse_routing",
     "choose_attention",
     "rotate_together",
     "read_cache",

@@ -48,8 +48,10 @@ def choose_blocks(
     block_r = 16 if is_float32 else min(64, max(16, triton.next_power_of_2(rows)))
     if width > WIDE:
         block_r = min(block_r, _wide_rows(heads * S, shared_memory))
-    alone = width > WIDE and block_r == 64  # on its SM
-    wanted = triton.cdiv(_SMS if alone else 2 * _SMS, heads * triton.cdiv(rows, block_r))
+    unsplit = heads * triton.cdiv(rows, block_r)
+    wanted = triton.cdiv(2 * _SMS, unsplit)
+    if width > WIDE:  # a program takes the registers of an SM: one more waits for all others
+        wanted = max(1, _SMS // unsplit)
     position_bytes = features * dtype.itemsize
     positions = 64 if position_bytes <= 1024 and wanted * 64 <= S else 32
     if position_bytes > 2048:

@@ -69,9 +69,9 @@ def attend_reference(
     mask_BAQS = mask.expand(B, A, Q, S)
     is_open = mask_BAQS if mask.dtype == torch.bool else mask_BAQS != -math.inf
     is_read_BGS1 = is_open.reshape(B, G, A // G * Q, S).any(2).unsqueeze(-1)
-    k_BASD = torch.where(is_read_BGS1, k_BGSD, 0).repeat_interleave(A // G, 1)
-    v_BASF = torch.where(is_read_BGS1, v_BGSF, 0).repeat_interleave(A // G, 1)
-    scores = q_BAQD @ k_BASD.mT * (D**-0.5 if scale is None else scale)
+    k_BGSD, v_BGSF = (torch.where(is_read_BGS1, x, 0) for x in (k_BGSD, v_BGSF))
+    scores = (q_BAQD.reshape(B, G, A // G * Q, D) @ k_BGSD.mT).reshape(B, A, Q, S)
+    scores = scores * (D**-0.5 if scale is None else scale)
     if mask.dtype != torch.bool:
         scores = scores + mask_BAQS.to(scores.dtype)
     scores = scores.masked_fill(~is_open, -math.inf)
@@ -79,7 +79,8 @@ def attend_reference(
         sinks_BAQ1 = sinks.to(scores.dtype)[..., None, None].expand(B, A, Q, 1)
         scores = torch.cat([scores, sinks_BAQ1], -1)
     weights = scores.softmax(-1)[..., :S]
-    return torch.where(is_open, weights, 0) @ v_BASF
+    weights = torch.where(is_open, weights, 0).reshape(B, G, A // G * Q, S)
+    return (weights @ v_BGSF).reshape(B, A, Q, v_BGSF.shape[3])
 
 
 def attend_triton(

@@ -101,7 +101,6 @@ _PICKY = (
     "choose_linear",
     "fuse_residual",
     "fuse_norm",
-    "fuse_routing",
     "choose_attention",
     "rotate_together",
     "read_cache",

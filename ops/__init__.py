@@ -27,7 +27,6 @@ from moe_compile.ops import rotate as _rotate  # noqa: F401
 from moe_compile.ops import rotate_and_push as _rotate_and_push  # noqa: F401
 from moe_compile.ops import rotate_and_store as _rotate_and_store  # noqa: F401
 from moe_compile.ops import route as _route  # noqa: F401
-from moe_compile.ops import router as _router  # noqa: F401
 from moe_compile.ops import shard as _shard  # noqa: F401
 from moe_compile.ops import silu_mul as _silu_mul  # noqa: F401
 from moe_compile.ops import silu_mul_quant as _silu_mul_quant  # noqa: F401

@@ -1,4 +1,4 @@
-"""The kernel of `skinny_mm`, `skinny_mms`, `rms_norm_mms` and `router`, and its blocks.
+"""The kernel of `skinny_mm`, `skinny_mms` and `rms_norm_mms`, and the choice of its blocks.
 
 A program computes a few columns of one weight for all rows, over all of K: sums that several
 programs share would need atomics, whose order, and so the result, changes from run to run. Where
@@ -6,13 +6,10 @@ columns are few, a program has more warps instead, which share K.
 
 So each program reads whole rows of x, and can norm them as it does: it adds up their squares beside
 their products (`_skinny_mm_sums.py`), and scales the sums by what the squares say at the end.
-
-And where the columns are a router's logits, the last program to have stored its own chooses the
-experts of all rows, which saves a launch.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,9 +18,7 @@ from torch import Tensor
 
 from moe_compile.ops._gated import rounded
 from moe_compile.ops._overlap import overlap, wait_for_previous
-from moe_compile.ops._route_kernel import Routing, route_rows
 from moe_compile.ops._skinny_mm_sums import append, rows_by_dot, rows_of_sums
-from moe_compile.ops._tickets import is_last
 from moe_compile.ops._tuned_kernels import SKINNY_MM
 
 MOST_ROWS = 16  # as the tensor cores multiply at once
@@ -31,8 +26,6 @@ MOST_ROWS_OF_SUMS = 4  # each row has sums of its own in the registers of every 
 MOST_WEIGHTS = 4
 LEAST_PART = 32  # of the normed rows, for one program to store
 MOST_KEPT = 4096  # elements of all rows that a program holds meanwhile, 32 a thread
-MOST_ROWS_ROUTED = 16  # by one program, each warp several
-MOST_LOGITS = 4096  # of all rows, padded, which one program holds to route them
 SMS = 132  # of an H100 or H200
 
 
@@ -53,15 +46,6 @@ class Norm(NamedTuple):
     eps: float
     round_first: bool
     keep: bool
-
-
-class Chosen(NamedTuple):
-    """What experts are chosen by from the products with a single weight, and where they go."""
-
-    routing: Routing
-    weights: Tensor
-    ids: Tensor
-    ticket: Tensor
 
 
 def choose_blocks(M: int, K: int, N: int, dtype: torch.dtype, k_contiguous: bool) -> Blocks:
@@ -116,7 +100,6 @@ def skinny_mm_kernel(  # type: ignore[no-untyped-def]
     K,
     stride_xm,
     eps,
-    chosen,
     COUNT: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -133,8 +116,6 @@ def skinny_mm_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    HOW: tl.constexpr,
-    ROUTED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # The programs of a weight come after those of the weights before it.
@@ -151,7 +132,7 @@ def skinny_mm_kernel(  # type: ignore[no-untyped-def]
 
     cols = (program - first) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    dtype = x_ptr.dtype.element_ty
+    dtype = y_ptr.dtype.element_ty
     if K_CONTIGUOUS:
         w_ptrs = w_ptr + k[:, None] + cols[None, :] * stride_w
         w_step = zero + BLOCK_K
@@ -184,7 +165,7 @@ def skinny_mm_kernel(  # type: ignore[no-untyped-def]
         y = rounded(y + bias[None, :], dtype, True, UPCAST)
         if HAS_RESIDUAL:
             y = rounded(y + residual.to(tl.float32), dtype, True, UPCAST)
-        tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=x_mask & w_mask)
+        tl.store(y_ptr + y_at, y.to(dtype), mask=x_mask & w_mask)
     else:
         if HAS_RESIDUAL:
             residuals = ()
@@ -206,17 +187,11 @@ def skinny_mm_kernel(  # type: ignore[no-untyped-def]
             y = rounded(y + bias, dtype, True, UPCAST)
             if HAS_RESIDUAL:
                 y = rounded(y + residuals[m], dtype, True, UPCAST)
-            tl.store(y_ptr + m * N + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
+            tl.store(y_ptr + m * N + cols, y.to(dtype), mask=cols < N)
     if PART:
         normed = rounded(part.to(tl.float32) * scale[:, None], dtype, ROUND_FIRST, UPCAST)
         normed = rounded(normed * weight.to(tl.float32)[None, :], dtype, True, UPCAST)
         tl.store(normed_ptr + m_up[:, None] * K + at[None, :], normed.to(dtype), mask=at_mask)
-    if ROUTED:  # rows, with padding, by the program that comes here last
-        ticket_ptr, choice_ptr, weights_ptr, ids_ptr, least, factor = chosen
-        if is_last(ticket_ptr, tl.num_programs(0)):
-            route_rows(
-                y_ptr, choice_ptr, weights_ptr, ids_ptr, 0, M, N, least, factor, HOW, ROUTED, ".cg"
-            )
 
 
 def most_rows(dtype: torch.dtype, norm: bool = False) -> int:
@@ -239,20 +214,6 @@ def can_keep(x_MK: Tensor, ws: Sequence[Tensor]) -> bool:
         return False
     rows: int = triton.next_power_of_2(MOST_ROWS if blocks.dot else x_MK.shape[0])
     return rows * _part(x_MK.shape[1], ws, blocks) <= MOST_KEPT
-
-
-def can_route(x_MK: Tensor, w_KN: Tensor, routing: Routing) -> bool:
-    """Does one program hold the logits of all rows, which are few?"""
-    (M, K), N = x_MK.shape, w_KN.shape[1]
-    blocks = choose_blocks(M, K, N, x_MK.dtype, w_KN.stride(0) == 1)
-    *_, lines, line = routing.constants(N, torch.float32)
-    return M <= MOST_ROWS_ROUTED and _routed(M, blocks) * lines * line <= MOST_LOGITS
-
-
-def _routed(M: int, blocks: Blocks) -> int:
-    """Rows that the last program routes, at least one for each warp."""
-    rows: int = triton.next_power_of_2(MOST_ROWS if blocks.dot else M)
-    return max(rows, blocks.warps)
 
 
 def _blocks_for(x_MK: Tensor, ws: Sequence[Tensor], norm: bool) -> Blocks:
@@ -287,18 +248,15 @@ def launch(
     blocks: Blocks | None = None,
     residual_MN: Tensor | None = None,
     norm: Norm | None = None,
-    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """x times each of the weights, which agree in K and in the dim that is contiguous.
 
     residual: added to the product with a single weight.
     norm: of x before; the normed rows, where kept, come last.
-    chosen: what is filled from the product with a single weight. This is in float32 then, as
-        `route_rows` reads it best, but rounded to x's dtype.
     """
     M, K = x_MK.shape
     Ns = [w.shape[1] for w in ws]
-    ys = [x_MK.new_empty(M, N, dtype=torch.float32 if chosen else x_MK.dtype) for N in Ns]
+    ys = [x_MK.new_empty(M, N) for N in Ns]
     if sum(Ns) == 0:
         return ys
     x = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
@@ -321,7 +279,6 @@ def launch(
         K,
         x.stride(0),
         norm.eps if norm else 0.0,
-        _pointers(chosen) if chosen else None,
         COUNT=len(ws),
         K_CONTIGUOUS=k_contiguous,
         HAS_BIAS=any(bias is not None for bias in biases),
@@ -339,18 +296,8 @@ def launch(
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
         STAGES=blocks.stages,
-        HOW=chosen.routing.constants(Ns[0], torch.float32) if chosen else None,
-        ROUTED=_routed(M, blocks) if chosen else 0,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
         **overlap(x, sum(w.nbytes for w in ws)),
     )
     return ys if normed is None else [*ys, normed]
-
-
-def _pointers(chosen: Chosen) -> tuple[Any, ...]:
-    """`chosen` as the kernel takes it."""
-    routing = chosen.routing
-    bias = chosen.weights if routing.bias is None else routing.bias.contiguous()
-    numbers = float(routing.eps), float(routing.scale)
-    return chosen.ticket, bias, chosen.weights, chosen.ids, *numbers

@@ -39,7 +39,7 @@ from moe_compile.ops._check import (
 from moe_compile.ops._cpu import route_cpu
 from moe_compile.ops._library import define
 from moe_compile.ops._overlap import overlap
-from moe_compile.ops._route_kernel import Routing, route_kernel
+from moe_compile.ops._route_kernel import route_kernel
 from moe_compile.ops._route_many_kernel import choose_rows
 from moe_compile.ops._route_many_kernel import launch as launch_many
 
@@ -130,39 +130,72 @@ def route_triton(
     if num_groups == 1 and rows > 1:
         launch_many(logits_TE, bias_E, results, rows, score, score_first, renormalize, eps, scale)
         return results
-    routing = Routing(
-        *(top_k, score, score_first, bias_E, num_groups, top_groups, group_score, renormalize)
-    )
+    per_group = E // num_groups
+    BLOCK_P, BLOCK_S = triton.next_power_of_2(num_groups), triton.next_power_of_2(per_group)
     route_kernel[(T,)](
         logits_TE,
         logits_TE if bias_E is None else bias_E.contiguous(),
         weights_TK,
         ids_TK,
         logits_TE.stride(0),
+        per_group,
+        num_groups,
+        top_groups,
         float(eps),
         float(scale),
-        HOW=routing.constants(E, logits_TE.dtype),
-        num_warps=max(1, triton.next_power_of_2(E) // 1024),
+        K=top_k,
+        SCORE=score,
+        SCORE_FIRST=score_first,
+        HAS_BIAS=bias_E is not None,
+        GROUPED=num_groups > 1,
+        PER_GROUP=1 if group_score == "max" else 2,
+        RENORMALIZE=renormalize,
+        BLOCK_P=BLOCK_P,
+        BLOCK_S=BLOCK_S,
+        BLOCK_K=triton.next_power_of_2(top_k),
+        num_warps=max(1, BLOCK_P * BLOCK_S // 1024),
         **overlap(logits_TE),
     )
     return results
 
 
-def check_choice(op: str, like: Tensor, E: int, routing: Routing) -> None:
-    """What chooses among E experts fits together, and is on the device that `like` is on."""
-    bias_E = routing.bias
-    plain = routing._replace(bias=None, eps=0.0, scale=1.0)
-    check_settings = _check_settings_once if type(E) is int else _check_settings
-    check_settings(op, E, bias_E is None, plain)
+def _check(
+    logits_TE: Tensor,
+    top_k: int,
+    score: str,
+    score_first: bool,
+    bias_E: Tensor | None,
+    num_groups: int,
+    top_groups: int,
+    group_score: str,
+    dtype: torch.dtype | None,
+) -> None:
+    op = "route"
+    check_dims(op, "logits", logits_TE, "[T, E]")
+    check_float(op, "logits", logits_TE)
+    E = logits_TE.shape[1]
+    check_choice = _check_choice_once if type(E) is int else _check_choice
+    check_choice(
+        E, top_k, score, score_first, bias_E is None, num_groups, top_groups, group_score, dtype
+    )
     if bias_E is not None:
-        name = "bias" if op == "route" else "choice_bias"
-        check(bias_E.shape == (E,), op, f"{name} [{E}]", list(bias_E.shape))
-        check_float(op, name, bias_E)
-        check_same_device(op, **{"logits" if op == "route" else "x": like, name: bias_E})
+        check(bias_E.shape == (E,), op, f"bias [{E}]", list(bias_E.shape))
+        check_float(op, "bias", bias_E)
+        check_same_device(op, logits=logits_TE, bias=bias_E)
 
 
-def _check_settings(op: str, E: int, unbiased: bool, routing: Routing) -> None:
-    top_k, score, score_first, _, num_groups, top_groups, group_score, *_ = routing
+def _check_choice(
+    E: int,
+    top_k: int,
+    score: str,
+    score_first: bool,
+    unbiased: bool,
+    num_groups: int,
+    top_groups: int,
+    group_score: str,
+    dtype: torch.dtype | None,
+) -> None:
+    op = "route"
     check(score in SCORES, op, f"score in {SCORES}", score)
     check(group_score in GROUP_SCORES, op, f"group_score in {GROUP_SCORES}", group_score)
     check(num_groups >= 1 and E % num_groups == 0, op, f"num_groups dividing E = {E}", num_groups)
@@ -174,11 +207,11 @@ def _check_settings(op: str, E: int, unbiased: bool, routing: Routing) -> None:
     check(1 <= top_k <= candidates, op, f"top_k in 1..{candidates}", top_k)
     plain = unbiased and num_groups == 1
     check(score_first or plain, op, "bias and groups only with score_first", "score_first=False")
-    check_float_dtype(op, routing.dtype)
+    check_float_dtype(op, dtype)
 
 
 # Its words take longer to write than the op to run; a symbolic E can't be a key.
-_check_settings_once = functools.cache(_check_settings)
+_check_choice_once = functools.cache(_check_choice)
 
 
 def _fake(
@@ -195,11 +228,8 @@ def _fake(
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_dims("route", "logits", logits_TE, "[T, E]")
-    check_float("route", "logits", logits_TE)
-    T, E = logits_TE.shape
-    choice = (top_k, score, score_first, bias_E, num_groups, top_groups, group_score)
-    check_choice("route", logits_TE, E, Routing(*choice, dtype=dtype))
+    _check(logits_TE, top_k, score, score_first, bias_E, num_groups, top_groups, group_score, dtype)
+    T = logits_TE.shape[0]
     weights_TK = logits_TE.new_empty(T, top_k, dtype=dtype or torch.float32)
     return weights_TK, logits_TE.new_empty(T, top_k, dtype=torch.int64)
 

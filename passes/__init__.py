@@ -19,7 +19,6 @@ from moe_compile.passes.fuse_all_reduce import fuse_all_reduce
 from moe_compile.passes.fuse_epilogue import fuse_epilogue
 from moe_compile.passes.fuse_norm import fuse_norm
 from moe_compile.passes.fuse_residual import fuse_residual
-from moe_compile.passes.fuse_routing import fuse_routing
 from moe_compile.passes.hoist_constants import hoist_constants
 from moe_compile.passes.lint_collectives import lint_collectives
 from moe_compile.passes.read_cache import read_cache
@@ -41,7 +40,6 @@ PASSES: tuple[Pass, ...] = (
     choose_linear,
     fuse_residual,
     fuse_norm,
-    fuse_routing,
     choose_attention,
     count_together,
     rotate_together,

@@ -7,13 +7,12 @@ import torch
 from torch import fx
 
 from moe_compile.ops import moe
-from moe_compile.ops._skinny_mm_kernel import MOST_ROWS_OF_SUMS, MOST_WEIGHTS, most_rows
+from moe_compile.ops._skinny_mm_kernel import MOST_ROWS_OF_SUMS, MOST_WEIGHTS
 from moe_compile.passes._graph import (
     RESHAPES,
     args,
     aten,
     call,
-    is_call,
     is_input,
     move_before,
     strip,
@@ -65,10 +64,8 @@ def choose_linear(graph: fx.Graph) -> Outcome:
     Left alone: a number of rows that is not known, or above MOST_ROWS; weights of less than
     LEAST_WEIGHT elements, computed in the graph, or not contiguous along K or N. On a GPU also
     float32, weights of more than MOST_COLUMNS_CUDA, those whose columns (or rows) begin on no
-    multiple of 16 bytes, and more than MOST_ROWS_OF_SUMS rows of one weight of many columns. What
-    `route` alone reads may come from a small weight there, and in float32 of MOST_ROWS_OF_SUMS
-    rows, since `fuse_routing` then saves a launch. In float8 also rows that `quant_fp8` did not
-    make, or in other groups or with other roundings.
+    multiple of 16 bytes, and more than MOST_ROWS_OF_SUMS rows of one weight of many columns. In
+    float8 also rows that `quant_fp8` did not make, or in other groups or with other roundings.
     Numerics: summed in float32 and rounded once, in another order.
     """
     outcome = Outcome()
@@ -92,23 +89,14 @@ def _gains(node: fx.Node, x: Any, w: Any, bias: Any = None) -> bool:
     """Is this a product that `skinny_mm` computes, and faster?"""
     M, (K, N) = val(x).shape[0], val(w).shape
     known = all(isinstance(size, int) for size in (M, K, N))
-    if not known or node.kwargs:
-        return False
-    device, dtype = val(x).device.type, val(x).dtype
-    router = device == "cuda" and _are_logits(node) and most_rows(dtype) >= M
-    if not router and dtype not in _FLOATS.get(device, ()):
+    device = val(x).device.type
+    if not known or val(x).dtype not in _FLOATS.get(device, ()) or node.kwargs:
         return False
     if bias is not None and (val(bias).shape != (N,) or val(bias).dtype != val(x).dtype):
         return False
     if device == "cuda" and not (M <= MOST_ROWS_CUDA and N <= MOST_COLUMNS_CUDA and _aligned(w)):
         return False
-    large = K * N >= LEAST_WEIGHT or router
-    return 0 < M <= MOST_ROWS and large and is_input(w) and 1 in val(w).stride()
-
-
-def _are_logits(node: fx.Node) -> bool:
-    """Does `route` read this, and nothing else?"""
-    return bool(node.users) and all(is_call(user, moe.route.default) for user in node.users)
+    return 0 < M <= MOST_ROWS and K * N >= LEAST_WEIGHT and is_input(w) and 1 in val(w).stride()
 
 
 def _is_cublas_faster(node: fx.Node) -> bool:

@@ -19,14 +19,13 @@ SILU = {**ACT, "alpha": "fp32", "limit": "fp32", "up_shift": "fp32"}
 ROW = {"BLOCK_F": 1024, "INTERPRETED": False}
 ROUTE = {
     **{"logits_ptr": "*fp32", "bias_ptr": "*fp32", "weights_ptr": "*fp32", "ids_ptr": "*i64"},
-    **{"stride_t": "i32", "eps": "fp32", "scale": "fp32"},
+    **{"stride_t": "i32", "per_group": "i32", "num_groups": "i32", "top_groups": "i32"},
+    **{"eps": "fp32", "scale": "fp32"},
 }
 ROUTE_MANY = {"T": "i32", **ROUTE}
-# HOW experts are chosen, with lines of logits in bfloat16 or, as `router` has them, in float32.
-QWEN3 = (128, 8, "softmax", True, False, 1, 1, 1, True, 1, 128)
-DEEPSEEK = (256, 8, "sigmoid", True, True, 8, 4, 2, True, 2, 128)
-QWEN3_NEXT = (512, 10, "softmax", True, False, 1, 1, 1, True, 2, 256)
-GPT_OSS = (32, 4, "softmax", False, False, 1, 1, 1, False, 1, 32)
+SOFTMAX = {"SCORE": "softmax", "SCORE_FIRST": True, "HAS_BIAS": False, "GROUPED": False}
+SIGMOID = {"SCORE": "sigmoid", "SCORE_FIRST": True, "HAS_BIAS": True, "GROUPED": True}
+TOP8 = {"K": 8, "PER_GROUP": 2, "RENORMALIZE": True, "BLOCK_K": 8}
 SORT = {
     **{"ids_ptr": "*i64", "rows_ptr": "*i32", "offsets_ptr": "*i32", "position_ptr": "*i32"},
     **{"counts_ptr": "*i32", "starts_ptr": "*i32", "R": "i32", "E": "i32", "num_blocks": "i32"},
@@ -81,11 +80,6 @@ SKINNY = {  # of q, k and v
     **dict.fromkeys(("norm_ptr", "residual_ptr", "normed_ptr"), "*bf16"),
     **{name: ("*bf16",) * 3 for name in ("w_ptrs", "bias_ptrs", "y_ptrs")},
     **{name: ("i32",) * 3 for name in ("Ns", "bias_Ns", "strides_w")},
-    "chosen": ("*i32", "*fp32", "*fp32", "*i64", "fp32", "fp32"),
-}
-ROUTER = {  # of a single weight
-    **{**SKINNY, "w_ptrs": ("*bf16",), "bias_ptrs": ("*bf16",), "y_ptrs": ("*fp32",)},
-    **{name: ("i32",) for name in ("Ns", "bias_Ns", "strides_w")},
 }
 SKINNY_FP8 = {
     **{**SKINNY, "xs_ptr": "*fp32", "amax_floor": "fp32"},
@@ -252,8 +246,7 @@ def skinny(rows, n, k, dot, stages, **constants):
     shape = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k, "DOT": dot, "STAGES": stages, "FOLD": 8}
     flags = {"K_CONTIGUOUS": True, "HAS_BIAS": True, "EVEN_K": True, "UPCAST": False}
     flags |= {"HAS_RESIDUAL": False, "NORM": False, "ROUND_FIRST": False}
-    unrouted = {"HOW": None, "ROUTED": 0, **({} if "HOW" in constants else {"chosen": None})}
-    return {**shape, **flags, **unrouted, "ROWS_UP": rows, "COUNT": 3, "PART": 0, **constants}
+    return {**shape, **flags, "ROWS_UP": rows, "COUNT": 3, "PART": 0, **constants}
 
 
 NORMED = {"NORM": True, "ROUND_FIRST": True, "PART": 32}
@@ -279,9 +272,8 @@ KERNELS = {  # module, kernel, types, constants, warps
     "silu_mul of gpt-oss": ("silu_mul", SILU, {"INTERLEAVED": True, "HAS_LIMIT": True, **ROW}, 4),
     "gelu_mul": ("gelu_mul", ACT, {"TANH": True, "BLOCK_F": 1024}, 4),
     "relu2": ("relu2", ACT, {"BLOCK_F": 1024}, 4),
-    "route of Qwen3": ("route", {**ROUTE, "logits_ptr": "*bf16"}, {"HOW": QWEN3}, 1),
-    "route of Qwen3-Next": ("route", {**ROUTE, "logits_ptr": "*bf16"}, {"HOW": QWEN3_NEXT}, 1),
-    "route of DeepSeek": ("route", ROUTE, {"HOW": DEEPSEEK}, 1),
+    "route of Qwen3": ("route", ROUTE, {**SOFTMAX, **TOP8, "BLOCK_P": 1, "BLOCK_S": 128}, 1),
+    "route of DeepSeek": ("route", ROUTE, {**SIGMOID, **TOP8, "BLOCK_P": 8, "BLOCK_S": 32}, 1),
     "route_many of Mixtral": ("route_many", ROUTE_MANY, routed(8, 2, 16), 1),
     "route_many of Qwen3": ("route_many", ROUTE_MANY, routed(128, 8, 4, HAS_BIAS=True), 1),
     "route_many by two warps": (
@@ -449,30 +441,6 @@ KERNELS = {  # module, kernel, types, constants, warps
         "skinny_mm",
         SKINNY,
         skinny(16, 64, 64, True, 4, FOLD=1, K_CONTIGUOUS=False),
-        4,
-    ),
-    "router of Qwen3": (
-        "skinny_mm",
-        ROUTER,
-        skinny(1, 2, 1024, False, 4, HOW=QWEN3, ROUTED=4, COUNT=1, **NORMED),
-        4,
-    ),
-    "router of Qwen3, many rows": (
-        "skinny_mm",
-        ROUTER,
-        skinny(16, 8, 256, True, 4, HOW=QWEN3, ROUTED=16, COUNT=1, **{**NORMED, "PART": 128}),
-        4,
-    ),
-    "router of DeepSeek": (
-        "skinny_mm",
-        {name: wide(kind) for name, kind in ROUTER.items()},
-        skinny(4, 2, 1024, False, 4, FOLD=4, HOW=DEEPSEEK, ROUTED=8, COUNT=1),
-        8,
-    ),
-    "router of gpt-oss": (
-        "skinny_mm",
-        ROUTER,
-        skinny(1, 2, 1024, False, 4, EVEN_K=False, HOW=GPT_OSS, ROUTED=4, COUNT=1, **NORMED),
         4,
     ),
     "skinny_mm_fp8 of one row": ("skinny_mm_fp8", SKINNY_FP8, skinny_fp8(1, 8, 2048, 0, 0, 3), 4),
@@ -674,8 +642,7 @@ def compile_for_sm_90(case):
         if argument in constants:
             values[(i,)] = constants[argument]
         elif isinstance(types[argument], tuple):
-            numbered = enumerate(types[argument])
-            aligned |= {(i, j): ALIGNED for j, kind in numbered if kind != "fp32"}
+            aligned |= {(i, j): ALIGNED for j in range(len(types[argument]))}
         elif types[argument][0] == "*":
             aligned[(i,)] = ALIGNED
     source = ASTSource(kernel, signature, values, aligned)

@@ -51,7 +51,7 @@ LARGE = {"hidden_size": 256, "num_local_experts": 256, "head_dim": 64, "num_key_
 
 @torch.no_grad()
 def test_launches():
-    """Seven a layer, of a full window too: six ops, of which `experts` is two kernels."""
+    """Eight a layer, of a full window too: seven ops, of which `experts` is two kernels."""
     moe_compile.register_experts()
     model = model_of(torch.bfloat16, "moe_compile", **LARGE)
     cache = transformers.StaticCache(config=model.config, max_cache_len=CACHE)
@@ -61,7 +61,7 @@ def test_launches():
     nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
     calls = [n.args[0] if n.target is auto_functionalized else n.target for n in nodes]
     ours = [str(c).split(".")[1] for c in calls if "moe_compile" in str(c)]
-    rest = ["attend", "skinny_mm", "router", "experts"]
+    rest = ["attend", "skinny_mm", "rms_norm_mms", "route", "experts"]
     window = ["rms_norm_mms", "rotate_and_push", *rest]
     full = ["rms_norm_mms", "rotate_and_store", *rest]
     assert ours == [*window, *full, "rms_norm_mms"]

@@ -6,6 +6,7 @@ from helpers import FLOATS, assert_close, graph_on_gpu
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from moe_compile.ops import moe
 from moe_compile.passes.choose_linear import (
     LEAST_WEIGHT,
     MOST_COLUMNS_CUDA,
@@ -264,6 +265,25 @@ def test_another_reshape_of_x_on_a_gpu():
 
     details = on_gpu(layers, half(2, K), half(N, K), half(N, 2 * K), half(N, K))
     assert details == ["weights of 256 x 256, 256", "a weight of 512 x 256"]
+
+
+def routed(x, w):
+    return moe.route(F.linear(x, w), 2)
+
+
+def also_read(x, w):
+    logits = F.linear(x, w)
+    return moe.route(logits, 2), logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("fn", "rows", "taken"), [(routed, 4, True), (routed, 5, False), (also_read, 4, False)]
+)
+def test_a_router_may_be_small_and_of_float32_on_a_gpu(fn, rows, taken, dtype):
+    args = torch.randn(rows, K).to(dtype), weight(dtype, n=8)
+    found = rewrites(graph_on_gpu(fn, *args))
+    assert found == [f"skinny_mm: {rows} rows times a weight of 256 x 8"] * taken
 
 
 def test_unknown_rows_on_a_gpu():

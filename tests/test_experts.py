@@ -103,7 +103,7 @@ def test_any_blocks_give_the_same(blocks, device):
 
 COLUMNS = [  # of which the last are wider than all features
     (ColumnsBlocks(8, 16, 2, 1), ColumnsBlocks(16, 16, 2, 1)),
-    (ColumnsBlocks(64, 64, 4, 3), ColumnsBlocks(64, 128, 4, 3)),
+    (ColumnsBlocks(64, 64, 4, 3), ColumnsBlocks(64, 64, 4, 3)),
 ]
 
 

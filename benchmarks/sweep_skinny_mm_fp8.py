@@ -16,6 +16,7 @@ import torch
 from bench_ops import microseconds, roofs
 from sweep_skinny_mm import MODELS, Dense
 from torch import Tensor
+from triton.errors import TritonError
 
 from moe_compile.ops import moe
 from moe_compile.ops._scratch import how_many
@@ -78,7 +79,7 @@ def compile_one(job: tuple[int, Dense, Blocks]) -> None:
     M, layer, blocks = job
     try:
         skinny_mms_fp8_triton(*inputs(Dense(layer.K, (64,) * len(layer.Ns)), M), blocks=blocks)
-    except Exception as error:
+    except (RuntimeError, TritonError) as error:
         print(tuple(blocks), type(error).__name__)
 
 
@@ -120,7 +121,7 @@ def sweep(name: str, layer: Dense, M: int, most: int) -> None:
             us = microseconds([functools.partial(peer, *call) for call in calls], 7)
             wrong = error(peer(*calls[0]), wanted)
             results.append((us, label + (f" WRONG by {wrong:.1e}" if wrong > 0.01 else "")))
-        except Exception as problem:
+        except (RuntimeError, TritonError) as problem:
             print(f"    {label} {type(problem).__name__}: {str(problem)[:200]}")
     print(f"{name} {layer.K} x {layer.Ns} M={M}: reads {floor:.2f} us", flush=True)
     for i, (us, label) in enumerate(sorted(results)):

@@ -231,9 +231,8 @@ def _cpu(
     k_rot: Tensor | None = None,
 ) -> Tensor:
     _check(q_BAQD, k_BGSD, v_BGSF, mask, last, sinks, q_rot, k_rot)
-    tensors = (q_BAQD, k_BGSD, v_BGSF, q_rot, k_rot)
-    q, k, v, *rot = (None if x is None else x.float() for x in tensors)
-    out = attend_reference(q, k, v, mask, scale, last, sinks, *rot)  # type: ignore[arg-type]
+    v, q2, k2 = (None if x is None else x.float() for x in (v_BGSF, q_rot, k_rot))
+    out = attend_reference(q_BAQD.float(), k_BGSD.float(), v, mask, scale, last, sinks, q2, k2)
     return _empty(q_BAQD, k_BGSD, v_BGSF).copy_(out)
 
 

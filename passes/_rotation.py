@@ -101,15 +101,10 @@ def _with_halves(low: Any, high: Any) -> fx.Node | None:
 def _with_swapped_halves(cat: fx.Node) -> fx.Node:
     """The x of cat([-x[R / 2 :], x[: R / 2]], -1)."""
     upper, lower = args(cat)[0]
-    cuts = [_cut(args(upper)[0]), _cut(lower)] if is_call(upper, aten.neg.default) else []
-    R = val(cat).shape[-1]
-    if not isinstance(R, int) or R % 2 or None in cuts or not cuts:
+    negated = args(upper)[0] if is_call(upper, aten.neg.default) else None
+    x = _with_halves(lower, negated)
+    if x is None:
         raise Declined("not the upper half negated before the lower")
-    (x, *upper_part), (other, *lower_part) = cuts  # type: ignore[misc]
-    if x is not other or upper_part != [R // 2, R] or lower_part != [0, R // 2]:
-        raise Declined("not the upper half negated before the lower")
-    if not same(val(x).shape[-1], R):
-        raise Declined("halves of another number of features than is turned")
     return x
 
 
@@ -148,9 +143,9 @@ def _only_user(node: fx.Node) -> fx.Node:
 def _other(node: fx.Node, known: fx.Node) -> fx.Node:
     """The other operand of a product or sum, a tensor."""
     found = next((b for a, b in operands(node) if a is known), None)
-    if not has_val(found) or found is known:
+    if not isinstance(found, fx.Node) or not has_val(found) or found is known:
         raise Declined("swapped halves that are not multiplied and added")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _check_factor(factor: fx.Node, x: fx.Node, parts: int) -> None:

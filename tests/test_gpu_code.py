@@ -114,6 +114,10 @@ ATTEND = {
     },
     **{f"stride_{x}{dim}": "i32" for x, dim in product((*"qkvm", "qr", "kr"), "bagsq")},
 }
+PUT_TOGETHER = {
+    name: ATTEND[name]
+    for name in ("sums_ptr", "sinks_ptr", "out_ptr", "splits", "num_rows", "stride_sink")
+}
 ROTATE = {
     **dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr"), "*bf16"),
     **{f"{x}_{what}_ptr": "*bf16" for x, what in product("qk", ("weight", "out"))},
@@ -536,8 +540,8 @@ KERNELS = {  # module, kernel, types, constants, warps
         8,
     ),
     "put_together": (
-        "attend",
-        ATTEND,
+        "put_together",
+        PUT_TOGETHER,
         put_together(128, HAS_SINKS=True),
         4,
     ),
@@ -551,8 +555,8 @@ KERNELS = {  # module, kernel, types, constants, warps
         1,
     ),
     "put_together of Qwen3": (
-        "attend",
-        ATTEND,
+        "put_together",
+        PUT_TOGETHER,
         put_together(32),
         1,
     ),
@@ -588,7 +592,7 @@ MODULES = {
     **{"route": "_route_kernel", "grouped_mm": "_grouped_mm_kernel", "quant": "_quant_kernel"},
     "route_many": "_route_many_kernel",
     "grouped_mm_fp8": "_grouped_mm_fp8_kernel",
-    "attend": "_attend_kernel",
+    **{"attend": "_attend_kernel", "put_together": "_attend_sums"},
     "all_reduce_add_rms_norm": "_all_reduce_kernel",
     "down_combine": "_experts_kernel",
     **{"skinny_mm": "_skinny_mm_kernel", "skinny_mm_fp8": "_skinny_mm_fp8_kernel"},
@@ -604,7 +608,7 @@ NAMED = (
     "down_combine",
     "skinny_mm",
 )
-NAMED += ("skinny_mm_fp8", "gate_up_fp8", "up_columns", "down_columns")
+NAMED += ("put_together", "skinny_mm_fp8", "gate_up_fp8", "up_columns", "down_columns")
 NAMES = {op: f"{op}_kernel" for op in NAMED}
 ALIGNED = [["tt.divisibility", 16]]
 
